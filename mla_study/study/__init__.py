@@ -1,0 +1,1 @@
+"""Provenance of results, one plotting style, and the driver behind ``make figures``."""
