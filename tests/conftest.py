@@ -11,7 +11,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from jaxtyping import install_import_hook
 
 # Before anything imports the package: modules imported earlier would stay unchecked.
-install_import_hook("mla_study", "tests.typecheck.check")
+install_import_hook("mla_study", "runtime_check.check")
 
 from pathlib import Path
 
