@@ -1,0 +1,174 @@
+"""What a weight file looks like to the rest of the package, and which class opens which file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from mla_study.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HEAD_BYTES = 512  # what `sniff` wants to see
+MAX_HEADER_BYTES = 100_000_000  # the safetensors reference reader has the same limit
+
+FORMATS = "safetensors, PyTorch (.pt, .pth, .bin), GGUF or ONNX"
+
+Kind = Literal[
+    "empty",
+    "lfs",
+    "html",
+    "safetensors",
+    "zip",
+    "pickle",
+    "gguf",
+    "archive",
+    "json",
+    "unknown",
+]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: its stored name, shape and dtype name, and its stored size in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+class Container(Protocol):
+    """A file of named tensors, of which only what is asked for is read.
+
+    ``path`` re-opens it (:func:`open_container`) in another process; ``format`` is
+    ``safetensors``, ``torch``, ``gguf`` or ``onnx``; ``notes`` are sentences for the summary
+    about choices made on opening; ``fingerprint`` is a cheap identity (size and time or ETag);
+    ``bytes_read`` counts the bytes fetched so far, the header's included.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def metadata(self) -> Mapping[str, object]: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def notes(self) -> list[str]: ...
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows ``[start, stop)`` of the first axis, as float32 (float64 where float32 would lose).
+
+        Quantised blocks are dequantised, fp8 is cast as stored (scales belong to the reader);
+        NaN and Inf pass. The array may be a read-only view. Raises UserError.
+        """
+        ...
+
+    def raw_sha256(self, name: str) -> str:
+        """Hexadecimal sha256 of the stored bytes of one tensor."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def shown(name: str, limit: int = 120) -> str:
+    """A tensor's name fit for one line of an error message: quoted, escaped, cut."""
+    return repr(name if len(name) <= limit else name[: limit - 3] + "...")
+
+
+def sniff(head: bytes) -> Kind:
+    """What a file is, from its first :data:`HEAD_BYTES` bytes (8 are enough for most kinds)."""
+    if not head:
+        return "empty"
+    if head.startswith(b"GGUF"):
+        return "gguf"
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip"
+    # Before pickle: a safetensors header of 640 bytes starts with 80 02 as well.
+    header = int.from_bytes(head[:8], "little")
+    if len(head) >= 8 and 2 <= header <= MAX_HEADER_BYTES and head[8:9] in (b"{", b""):
+        return "safetensors"
+    if head[:1] == b"\x80" and 2 <= int.from_bytes(head[1:2], "little") <= 5:
+        return "pickle"
+    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"\xfd7zXZ")):
+        return "archive"
+    if len(head) >= 8 and head[:23] == b"version https://git-lfs"[: len(head)]:
+        return "lfs"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doc", b"<html", b"<head", b"<?xml", b"<!--", b"<script")):
+        return "html"
+    if text.startswith((b"{", b"[")):
+        return "json"
+    return "unknown"
+
+
+def refuse_kind(kind: Kind, name: str) -> None:
+    """Raise the sentence for a file that cannot be weights; return for one that may be."""
+    if kind == "empty":
+        raise UserError(f"{name} is empty (0 bytes): download or save it again")
+    if kind == "lfs":
+        raise UserError(
+            f"{name} is a git-lfs pointer, not the weights themselves: "
+            "run `git lfs pull` in its repository, or download the file"
+        )
+    if kind == "html":
+        hint = "download it again (perhaps the address needs a login)"
+        if "/blob/" in name:
+            hint = "put /resolve/ in place of /blob/ in the address"
+        raise UserError(f"{name} is an HTML page instead of weights: {hint}")
+    if kind == "archive":
+        raise UserError(f"{name} is a compressed archive: unpack it and name the file inside")
+
+
+def open_container(
+    path_or_url: str,
+    *,
+    weights: str | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Container:
+    """Open one weight file: a local path, an ``https://`` address or ``hf://org/name/file``.
+
+    The format is found by magic bytes first, by suffix where there is none (ONNX). ``weights``
+    chooses among the dictionaries of a PyTorch file (``generator``, ``generator_ema``, ...).
+    ``on_bytes(n)`` is called after each piece read from a safetensors file. Remote files are
+    safetensors only. Raises UserError for anything that is not a readable weight file.
+    """
+    from mla_study.checkpoints.bytesource import is_remote, open_bytes
+    from mla_study.checkpoints.safetensors_file import SafetensorsFile
+
+    if is_remote(path_or_url):
+        return SafetensorsFile(path_or_url, weights=weights, on_bytes=on_bytes)
+
+    source = open_bytes(path_or_url)
+    try:
+        head = bytes(source.read(0, min(HEAD_BYTES, source.size)))
+    finally:
+        source.close()
+    kind = sniff(head)
+    suffix = PurePath(path_or_url).suffix.lower()
+    refuse_kind(kind, path_or_url)
+    if suffix == ".onnx":
+        from mla_study.checkpoints.onnx_file import OnnxFile
+
+        return OnnxFile(path_or_url, weights=weights)
+    if kind == "safetensors" or suffix == ".safetensors":
+        return SafetensorsFile(path_or_url, weights=weights, on_bytes=on_bytes)
+    if kind == "gguf":
+        from mla_study.checkpoints.gguf_file import GgufFile
+
+        return GgufFile(path_or_url, weights=weights)
+    if kind in ("zip", "pickle"):
+        from mla_study.checkpoints.torch_file import TorchFile
+
+        return TorchFile(path_or_url, weights=weights)
+    what = "JSON, not weights" if kind == "json" else f"no format known here ({head[:8]!r}...)"
+    raise UserError(f"{path_or_url} is {what}: name a file of {FORMATS}")
