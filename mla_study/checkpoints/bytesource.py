@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from mla_study.errors import UserError
@@ -64,7 +66,9 @@ def open_bytes(path_or_url: str, on_bytes: OnBytes | None = None) -> ByteSource:
     if scheme == "hf":
         return remote.open_hub_file(path_or_url, on_bytes)
     if scheme in ("http", "https"):
-        return remote.HttpBytes(path_or_url, on_bytes=on_bytes)
+        return remote.HttpBytes(
+            path_or_url, whole_limit=remote.whole_limit(path_or_url), on_bytes=on_bytes
+        )
     raise UserError(
         f"{path_or_url}: {scheme}:// addresses are not read here; "
         "use https://, hf://org/name/file or a local copy"
@@ -89,13 +93,13 @@ class LocalBytes:
 
     def _open(self) -> None:
         try:
-            status = os.stat(self.path)
+            status = Path(self.path).stat()
             if stat.S_ISDIR(status.st_mode):
                 raise UserError(f"{self.path} is a folder: name a weight file inside it")
             # A pipe or device would block on opening.
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{self.path} is not a regular file: copy it to one first")
-            self._file = open(self.path, "rb", buffering=0)
+            self._file = io.FileIO(self.path)
             status = os.fstat(self._file.fileno())
         except FileNotFoundError:
             raise UserError(f"{self.path} does not exist: check the path") from None

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
+
+import numpy as np
 
 from mla_study.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 HEAD_BYTES = 512  # what `sniff` wants to see
 MAX_HEADER_BYTES = 100_000_000  # the safetensors reference reader has the same limit
