@@ -1,0 +1,43 @@
+# `make help` lists the targets. Everything runs in .venv, which the first call builds.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help setup figures data test lint lab bench-probe clean
+BIN := .venv/bin
+
+# One BLAS thread a process: several processes share the cores, threads on top only wait.
+export OPENBLAS_NUM_THREADS ?= 1
+export OMP_NUM_THREADS ?= 1
+
+FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { echo "$$p"; break; }; done
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+setup: ## build .venv from constraints.txt (PYTHON=... chooses the interpreter)
+	@py='$(PYTHON)'; if [ -n "$$py" ]; then exact=--exact; else py=$$($(FIND_PYTHON)); fi; \
+	if [ -z "$$py" ]; then echo "No Python 3.11, 3.12 or 3.13 was found: install one, or name it by 'make setup PYTHON=/path/to/python3.11'." >&2; exit 1; fi; \
+	"$$py" tools/setup_env.py $$exact
+
+figures: setup ## draw what is stale into results/figures (FIG=fig1  FORCE=1  PARAMS='a=1 b=2'  LIST=1)
+	@$(BIN)/mla-study figures $(if $(FIG),--fig $(FIG)) $(if $(PARAMS),--params $(PARAMS)) $(if $(FORCE),--force) $(if $(LIST),--list)
+
+data: setup ## measure the committed tables of results/data anew (FIG=fig1 for one figure's)
+	@$(BIN)/mla-study data $(if $(FIG),--fig $(FIG))
+
+test: setup ## run the tests (ARGS='-k name' goes to pytest)
+	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+lint: setup ## ruff, pyright, and notebooks without outputs
+	@$(BIN)/ruff check . && $(BIN)/pyright && $(BIN)/nbstripout --verify $(wildcard notebooks/*.ipynb)
+
+lab: setup ## open JupyterLab on the kernel that the figures use
+	@JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) notebooks
+
+bench-probe: setup ## compare rank-probe's speed with its floor and with WeightWatcher
+	@$(BIN)/mla-study bench-probe $(ARGS)
+
+clean: ## remove .venv, drawn figures and caches; committed results stay
+	@rm -rf .venv results/figures .pytest_cache .ruff_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
