@@ -1,10 +1,10 @@
 """Singular spectra of weight matrices, and the numbers that summarise one.
 
-m rows (outputs), n columns (inputs), r latent rank, k a rank that one cuts at. All arithmetic is float64.
+m rows (outputs), n columns (inputs), r latent rank, k a rank to cut at. Arithmetic is float64.
 
-The spectrum of an operator that is a stack of blocks comes from its Gram matrix on the smaller side,
-accumulated in panels; the Gram squares the condition number, so a spectrum that reaches below
-``TAIL_RATIO`` of its top is computed again by ``svdvals``. Factored operators never form the product.
+The spectrum of a stack of blocks comes from the Gram matrix on its smaller side, accumulated in
+panels; the Gram squares the condition number, so a spectrum that reaches below ``TAIL_RATIO`` of its
+top is computed again by ``svdvals``. Factored operators never form the product.
 
 Run with one BLAS thread a process: more threads lose on a machine that does anything else.
 """
@@ -19,6 +19,8 @@ import scipy.linalg
 from jaxtyping import Float, Float64
 from scipy.linalg import blas
 
+from mla_study.probes.eigenvalues import symmetric_eigenvalues
+
 Method = Literal["gram", "svdvals", "factors"]
 
 DEFAULT_KS: tuple[int, ...] = (64, 128, 192, 256, 512)
@@ -30,9 +32,6 @@ TAIL_RATIO = 1e-4
 _PANEL_ROWS = 512
 _TIE = 1e-12
 _EPS = float(np.finfo(np.float64).eps)
-
-
-# ---------------------------------------------------------------- Gram matrices and singular values
 
 
 def gram(
@@ -87,7 +86,10 @@ def combine_grams(
     first_weight: float = 1.0,
     second_weight: float = 1.0,
 ) -> Float64[np.ndarray, "n n"]:
-    """first_weight * first + second_weight * second in one new Fortran-ordered array, without temporaries."""
+    """first_weight * first + second_weight * second, in one new array in Fortran order.
+
+    Both are Grams as :func:`gram` returns them; no temporary of their size is made.
+    """
     total = np.multiply(first, first_weight, order="F")
     blas.daxpy(second.ravel(order="K"), total.ravel(order="K"), a=second_weight)
     return total
@@ -112,23 +114,12 @@ def gram_singular_values(
     """
     if not np.isfinite(gram_matrix.diagonal()).all():
         raise ValueError("the Gram matrix is not finite: W holds NaN, Inf or values beyond 1e154")
-    eigenvalues = _symmetric_eigenvalues(gram_matrix, overwrite)[::-1][:count]
+    eigenvalues = symmetric_eigenvalues(gram_matrix, overwrite)[::-1][:count]
     return np.sqrt(np.maximum(eigenvalues, 0.0))
 
 
-def _symmetric_eigenvalues(matrix: np.ndarray, overwrite: bool) -> np.ndarray:
-    return scipy.linalg.eigh(
-        matrix,
-        lower=True,
-        eigvals_only=True,
-        driver="evd",
-        overwrite_a=overwrite,
-        check_finite=False,
-    )
-
-
 def needs_svd(sigma: Float64[np.ndarray, " k"]) -> bool:
-    """Whether a spectrum from a Gram reaches below TAIL_RATIO of its top, where the Gram's error shows."""
+    """Whether a spectrum from a Gram reaches below TAIL_RATIO of its top, where the error shows."""
     return bool(sigma.size and sigma[0] > 0 and sigma[-1] < TAIL_RATIO * sigma[0])
 
 
@@ -145,8 +136,8 @@ def singular_values(
         exact_tail: take ``svdvals`` for all values, as a condition number wants.
 
     Returns:
-        sigma float64 [min(m, n)], descending, and the method: "gram" (eigenvalues of the Gram on the
-        smaller side) or "svdvals" (asked for, or sigma_n / sigma_1 < TAIL_RATIO).
+        sigma float64 [min(m, n)], descending, and the method: "gram" (eigenvalues of the smaller
+        Gram) or "svdvals" (asked for, or sigma_n / sigma_1 < TAIL_RATIO).
 
     Raises:
         ValueError: no rows or columns, blocks of unequal width, NaN or Inf in W.
@@ -170,8 +161,7 @@ def singular_values(
     dense = _stack(blocks, row_scale)
     if not all(np.isfinite(row).all() for row in dense):
         raise ValueError("the matrix holds NaN or Inf")
-    tall = dense if m < n else np.asfortranarray(dense)
-    tall = tall.T if m < n else tall
+    tall = dense.T if m < n else np.asfortranarray(dense)
     del dense
     return scipy.linalg.svdvals(tall, overwrite_a=True, check_finite=False), "svdvals"
 
@@ -219,11 +209,8 @@ def factored_singular_values(
     return scipy.linalg.svdvals(core, overwrite_a=True, check_finite=False)
 
 
-# ------------------------------------------------------------------------------- measures of one
-
-
 def energy_curve(sigma: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """E(k) = sum_{i<=k} sigma_i^2 / sum_i sigma_i^2 at k = 1..n; NaN throughout for a zero matrix."""
+    """E(k) = sum_{i<=k} sigma_i^2 / sum_i sigma_i^2 at k = 1..n; all NaN for a zero matrix."""
     square = _relative_squares(sigma)
     cumulative = np.cumsum(square)
     return cumulative / cumulative[-1] if cumulative[-1] > 0 else np.full(sigma.size, np.nan)
@@ -248,7 +235,7 @@ def effective_rank(sigma: Float64[np.ndarray, " n"], tau: float) -> int:
 
 
 def effective_rank_interpolated(sigma: Float64[np.ndarray, " n"], tau: float) -> float:
-    """r_tau on the piecewise linear energy curve: k - 1 + (tau - E(k-1)) / (E(k) - E(k-1)), k = r_tau."""
+    """k - 1 + (tau - E(k-1)) / (E(k) - E(k-1)) at k = r_tau; NaN for a zero matrix."""
     curve = energy_curve(sigma)
     return float("nan") if np.isnan(curve[-1]) else _interpolated_rank(curve, tau)
 
@@ -262,7 +249,7 @@ def _interpolated_rank(curve: np.ndarray, tau: float) -> float:
 
 
 def energy_at(curve: Float64[np.ndarray, " n"], k: float) -> float:
-    """E(k) read off an energy curve, linear between integers; E(0) = 0, and E(k) = 1 beyond the end."""
+    """E(k) read off an energy curve, linear between integers; E(0) = 0 and E = 1 past the end."""
     if np.isnan(curve[-1]):
         return float("nan")
     if k >= curve.size:
@@ -295,7 +282,10 @@ def participation_ratio(sigma: Float64[np.ndarray, " n"]) -> float:
 
 
 def condition(sigma: Float64[np.ndarray, " n"], n_columns: int | None = None) -> float:
-    """sigma_1 / sigma_n; inf where sigma_n is below rounding (eps * size * sigma_1), NaN for zero."""
+    """sigma_1 / sigma_n; inf where sigma_n drowns in rounding, NaN for a zero matrix.
+
+    Rounding means eps max(len(sigma), n_columns) sigma_1, numpy's tolerance for a matrix rank.
+    """
     if sigma.size == 0 or not sigma[0] > 0:
         return float("nan")
     floor = _EPS * max(sigma.size, n_columns or 0) * sigma[0]
@@ -305,31 +295,38 @@ def condition(sigma: Float64[np.ndarray, " n"], n_columns: int | None = None) ->
 def tail_exponent(sigma: Float64[np.ndarray, " n"]) -> float:
     """alpha of the power law p(x) ~ x^-alpha fitted to the upper tail of x = sigma^2.
 
-    Maximum likelihood above each candidate x_min, the candidate with the smallest Kolmogorov-Smirnov
-    distance wins (Clauset, Shalizi and Newman 2009, eqs. 3.1 and 3.9). NaN for fewer than 3 positive values.
+    Maximum likelihood above each candidate x_min; the one with the smallest Kolmogorov-Smirnov
+    distance wins (Clauset, Shalizi and Newman 2009, eqs. 3.1 and 3.9). NaN where fewer than 3
+    values are positive, or all are equal.
     """
     kept = sigma[sigma > _EPS * sigma.size * sigma[0]] if sigma.size else sigma
     n = kept.size
     if n < 3 or kept[0] == kept[-1]:
         return float("nan")
     height = 2.0 * np.log(kept / kept[-1])
-    # Row t is the tail of the t + 2 largest values, x_min its smallest.
+    # Candidate i has x_min = x[last[i]]; the tail is x[0..last].
+    last = np.arange(1, n)
+    excess = np.cumsum(height)[1:] - (last + 1) * height[1:]
+    rate = np.divide(last + 1, excess, out=np.full(n - 1, np.nan), where=excess > 0)
+
+    # The distance seen at every 16th point bounds the true one from below, so only candidates whose
+    # bound beats the best distance so far are worth a full evaluation.
+    seen = np.arange(0, n, 16)
+    above = np.maximum(height[seen][None, :] - height[1:, None], 0.0)
+    gap = np.abs(np.exp(-rate[:, None] * above) - (seen + 0.5)[None, :] / (last + 1)[:, None])
+    gap[seen[None, :] > last[:, None]] = 0.0
+    bound = gap.max(axis=1) + 0.5 / (last + 1)
     best, alpha = np.inf, float("nan")
-    sums = np.cumsum(height)
-    for low in range(1, n, 128):
-        last = np.arange(low, min(low + 128, n))
-        excess = sums[last] - (last + 1) * height[last]
-        rate = np.divide(last + 1, excess, out=np.full(last.size, np.nan), where=excess > 0)
-        width = int(last[-1]) + 1
-        survival = np.exp(-rate[:, None] * (height[None, :width] - height[last][:, None]))
-        position = (np.arange(width) + 0.5)[None, :] / (last + 1)[:, None]
-        gap = np.abs(survival - position)
-        gap[np.arange(width)[None, :] > last[:, None]] = 0.0
-        distance = gap.max(axis=1) + 0.5 / (last + 1)
-        distance[np.isnan(distance)] = np.inf
-        i = int(np.argmin(distance))
-        if distance[i] < best:
-            best, alpha = float(distance[i]), 1.0 + float(rate[i])
+    for i in np.argsort(bound, kind="stable"):
+        if not bound[i] < best:
+            break
+        count = int(last[i]) + 1
+        survival = np.exp(-rate[i] * (height[:count] - height[count - 1]))
+        # The empirical curve is a staircase: half a step more covers both of its sides.
+        steps = (np.arange(count) + 0.5) / count
+        distance = float(np.abs(survival - steps).max()) + 0.5 / count
+        if distance < best:
+            best, alpha = distance, 1.0 + float(rate[i])
     return alpha
 
 
