@@ -159,8 +159,6 @@ def open_container(
         from mla_study.checkpoints.onnx_file import OnnxFile
 
         return OnnxFile(path_or_url, weights=weights)
-    if kind == "safetensors" or suffix == ".safetensors":
-        return SafetensorsFile(path_or_url, weights=weights, on_bytes=on_bytes)
     if kind == "gguf":
         from mla_study.checkpoints.gguf_file import GgufFile
 
@@ -169,5 +167,7 @@ def open_container(
         from mla_study.checkpoints.torch_file import TorchFile
 
         return TorchFile(path_or_url, weights=weights)
+    if kind == "safetensors" or suffix == ".safetensors":
+        return SafetensorsFile(path_or_url, weights=weights, on_bytes=on_bytes)
     what = "JSON, not weights" if kind == "json" else f"no format known here ({head[:8]!r}...)"
     raise UserError(f"{path_or_url} is {what}: name a file of {FORMATS}")
