@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import pickletools
 import re
 import warnings
@@ -42,6 +43,7 @@ _NAMES = {
     "complex64": "C64",
 }
 _PANEL_BYTES = 1 << 24
+_MAX_ELEMENTS = 1 << 56
 
 # Their arguments may be expanded views, which they would write out in full while loading.
 _COPYING = "torch._utils._rebuild_device_tensor_from_"
@@ -90,10 +92,12 @@ class TorchFile:
                 f"{self.path}: tensor {shown(name)} has dtype {dtype}, which is not read here: "
                 "save it as float32, float16, bfloat16 or fp8"
             )
-        rows = tensor if tensor.ndim == 0 else tensor[start:stop]
-        raw = self._raw(name, rows)
+        if tensor.ndim:
+            first, last, _ = slice(start, stop).indices(tensor.shape[0])
+            tensor = tensor[first : max(first, last)]
+        raw = self._raw(name, tensor)
         self.bytes_read += len(raw)
-        return decode(raw, dtype, tuple(rows.shape))
+        return decode(raw, dtype, tuple(tensor.shape))
 
     def raw_sha256(self, name: str) -> str:
         """Hexadecimal sha256 of the tensor's values in row-major order, as stored."""
@@ -306,6 +310,8 @@ def _info(path: str, name: str, tensor: Any) -> TensorInfo:
         kind = _oddity(tensor)
         if kind != "meta":
             shape = () if kind == "nested" else tuple(int(n) for n in tensor.shape)
+            if math.prod(n for n in shape if n) > _MAX_ELEMENTS:
+                raise ValueError(f"its shape is {shape}")
             stored = str(tensor.dtype).removeprefix("torch.")
             nbytes = tensor.numel() * tensor.element_size()
             return TensorInfo(name, shape, _NAMES.get(stored, stored), nbytes)

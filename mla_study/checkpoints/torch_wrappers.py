@@ -108,7 +108,7 @@ class Peeler:
                     listed = ", ".join(shown(name, 40) for name in others[:_MAX_SHOWN])
                     self.notes.append(
                         f"{self.where} holds several sets of weights: {chosen!r} is read; "
-                        f"--weights NAME chooses another ({listed})"
+                        f"--weights NAME chooses another ({listed})."
                     )
             elif len(branches) == 1 and self._leads_to_wrapper(next(iter(branches.values()))):
                 chosen = next(iter(branches))
