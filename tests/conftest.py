@@ -1,4 +1,4 @@
-"""Shapes checked at run time, real weights found through one variable, fresh seeds that are told."""
+"""Shapes checked at run time, real weights found by one variable, fresh seeds that are told."""
 
 from __future__ import annotations
 

