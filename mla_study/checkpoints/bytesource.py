@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mla_study.errors import UserError
 
@@ -18,6 +18,7 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _PIECE = 1 << 30  # one pread moves at most 2 GiB on Linux
 
 
+@runtime_checkable
 class ByteSource(Protocol):
     """Random access to the bytes of one file.
 

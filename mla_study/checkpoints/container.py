@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class TensorInfo:
     nbytes: int
 
 
+@runtime_checkable
 class Container(Protocol):
     """A file of named tensors, of which only what is asked for is read.
 
