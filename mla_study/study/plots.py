@@ -1,0 +1,122 @@
+"""One look for all figures, their small print, and files that are the same bytes on every machine.
+
+Example::
+
+    with style():
+        figure, axes = plt.subplots()
+        ...
+        stamp(figure, "measured", "full", run_hash)
+        save_figure(figure, "results/figures/fig1_spectra")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mla_study.errors import UserError
+from mla_study.study.runs import Provenance, Validity, atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
+PAGE_WIDTH = 7.0  # inches, both columns
+FORMATS = ("pdf", "png", "svg")
+STYLE = Path(__file__).with_name("mla_study.mplstyle")
+
+# Okabe and Ito's colours, told apart with any colour vision, in the order of the style's cycle.
+COLOURS = {
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "black": "#000000",
+    "yellow": "#F0E442",
+}
+NULL_COLOUR = "#999999"  # null models are always this grey
+EPOCH = "0"  # SOURCE_DATE_EPOCH: 1970-01-01
+METADATA: dict[str, dict[str, Any]] = {
+    "pdf": {"Creator": "mla_study", "Producer": "matplotlib", "CreationDate": None},
+    "png": {"Software": "mla_study"},
+    "svg": {"Creator": "mla_study", "Date": None},
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib's defaults plus the project's one style, whatever the user's own settings are."""
+    import matplotlib as mpl
+    import matplotlib.style
+
+    with mpl.rc_context():
+        backend = mpl.rcParams["backend"]
+        mpl.rcParams.update({k: v for k, v in mpl.rcParamsDefault.items() if k != "backend"})
+        mpl.style.use(STYLE)
+        mpl.rcParams["backend"] = backend
+        yield
+
+
+def stamp(
+    figure: Figure,
+    provenance: Provenance | Iterable[Provenance],
+    validity: Validity,
+    run_hash: str,
+) -> Text:
+    """Print class, validity and the first twelve digits of the run hash under the figure.
+
+    :param provenance: one class, or all that the figure shows.
+    """
+    kinds = [provenance] if isinstance(provenance, str) else list(dict.fromkeys(provenance))
+    note = f"{' + '.join(kinds)} · {validity} · run {run_hash[:12]}"
+    # As a supxlabel it gets room of its own from the constrained layout.
+    return figure.supxlabel(note, fontsize=4.5, color="0.45", ha="right", x=0.995)
+
+
+def save_figure(
+    figure: Figure, stem: Path | str, formats: Iterable[str] = FORMATS
+) -> dict[str, Path]:
+    """Write ``{stem}.{format}`` for each format; each file is complete or absent.
+
+    The bytes depend on the figure, matplotlib and its bundled fonts only: no date, no random ids.
+
+    :param stem: path without a suffix; folders are made.
+    :return: format -> path.
+    :raises UserError: an unknown format, or a folder that cannot be written.
+    """
+    import matplotlib as mpl
+
+    stem = Path(stem)
+    wanted = list(formats)
+    unknown = [name for name in wanted if name not in METADATA]
+    if unknown:
+        raise UserError(f"Figures are saved as {', '.join(METADATA)}, not as {unknown[0]}.")
+    paths = {name: stem.with_name(f"{stem.name}.{name}") for name in wanted}
+    fixed = {"svg.hashsalt": "mla_study", "svg.fonttype": "path"}
+    fixed |= {"pdf.fonttype": 42, "pdf.compression": 0, "savefig.dpi": 300}
+    with _source_date_epoch(), mpl.rc_context(fixed):
+        for name, path in paths.items():
+            atomic_write(
+                path,
+                lambda to, name=name: figure.savefig(to, format=name, metadata=METADATA[name]),
+            )
+    return paths
+
+
+@contextlib.contextmanager
+def _source_date_epoch() -> Iterator[None]:
+    before = os.environ.get("SOURCE_DATE_EPOCH")
+    os.environ["SOURCE_DATE_EPOCH"] = EPOCH
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SOURCE_DATE_EPOCH"]
+        else:
+            os.environ["SOURCE_DATE_EPOCH"] = before
