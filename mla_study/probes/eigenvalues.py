@@ -19,7 +19,7 @@ n     dsyevd   2stage        torch eigvalsh  own band code  dsyevd float32
 ====  =======  ============  ==============  =============  ==============
 
 The drivers ev, evr, evx and numpy tie with evd within 3 % (numpy at 5120: 10 %). torch loses to the
-two-stage routine wherever it beats dsyevd, and costs a copy, so it is never imported here. A float32
+two-stage routine wherever it beats dsyevd, and costs a copy: it is never imported here. A float32
 pass takes half to 2/3 of the time, but leaves 1e-7 sigma_1 where 1e-10 is promised, and a float64
 correction of all eigenvalues would need the vectors.
 """

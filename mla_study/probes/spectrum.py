@@ -3,7 +3,7 @@
 m rows (outputs), n columns (inputs), r latent rank, k a rank to cut at. Arithmetic is float64.
 
 The spectrum of a stack of blocks comes from the Gram matrix on its smaller side, accumulated in
-panels; the Gram squares the condition number, so a spectrum that reaches below ``TAIL_RATIO`` of its
+panels; the Gram squares the condition, so a spectrum that reaches below ``TAIL_RATIO`` of its
 top is computed again by ``svdvals``. Factored operators never form the product.
 
 Run with one BLAS thread a process: more threads lose on a machine that does anything else.
