@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from mla_study.errors import UserError
 
 OnBytes = Callable[[int], None]
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
-_PIECE = 1 << 30  # one pread moves at most 2 GiB on Linux
+_PIECE = 1 << 30  # one preadv moves at most 2 GiB on Linux
 
 
 @runtime_checkable
@@ -111,28 +113,28 @@ class LocalBytes:
         self.size = status.st_size
         self._mtime_ns = status.st_mtime_ns
 
-    def read(self, start: int, stop: int) -> bytes:
+    def read(self, start: int, stop: int) -> memoryview:
         """Exactly the bytes ``[start, stop)``. Raises UserError where the file ends before."""
         if not 0 <= start <= stop:
             raise ValueError(f"bytes [{start}, {stop}) are not a range")
-        pieces: list[bytes] = []
-        at = start
-        while at < stop:
+        buffer = np.empty(stop - start, np.uint8).data
+        at = 0
+        while at < len(buffer):
             try:
-                piece = os.pread(self._file.fileno(), min(_PIECE, stop - at), at)
+                piece = buffer[at : at + _PIECE]
+                count = os.preadv(self._file.fileno(), [piece], start + at)
             except OSError as error:
                 raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
-            if not piece:
+            if not count:
                 raise UserError(
-                    f"{self.path} ends at byte {at} where {stop} were expected: "
+                    f"{self.path} ends at byte {start + at} where {stop} were expected: "
                     "it is truncated or was changed while being read; copy it again"
                 )
-            at += len(piece)
-            pieces.append(piece)
-            self.bytes_read += len(piece)
+            at += count
+            self.bytes_read += count
             if self.on_bytes is not None:
-                self.on_bytes(len(piece))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                self.on_bytes(count)
+        return buffer
 
     def fingerprint(self) -> str:
         """``size-mtime_ns``."""

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
+import numpy as np
+
 from mla_study.checkpoints.bytesource import OnBytes
 from mla_study.checkpoints.container import sniff
 from mla_study.errors import UserError
@@ -86,7 +88,7 @@ class HttpBytes:
         self._connection: http.client.HTTPConnection | None = None
         self._connected_to: tuple[str, str, int, int] | None = None
         self._whole_limit = whole_limit
-        head = memoryview(bytearray(whole_limit or FIRST))
+        head = np.empty(whole_limit or FIRST, np.uint8).data
         self._head = bytes(head[: self._fill(0, head)])
 
     def read(self, start: int, stop: int) -> bytes | memoryview:
@@ -100,7 +102,7 @@ class HttpBytes:
             )
         if stop <= len(self._head):
             return self._head[start:stop]
-        buffer = memoryview(bytearray(stop - start))
+        buffer = np.empty(stop - start, np.uint8).data
         self._fill(start, buffer)
         return buffer
 
