@@ -262,7 +262,8 @@ def _globals(path: str, data: bytes | None) -> list[str]:
 def _refused_global(message: str, names: list[str]) -> str | None:
     """The object that torch refused, from its message or from the pickle itself."""
     match = re.search(r"GLOBAL (\S+) (?:was not|whose module)", message)
-    if match is not None:
+    # A name cut short by the end of the file is damage; torch drops "builtins.".
+    if match is not None and {match[1], f"builtins.{match[1]}"} & set(names):
         return match[1]
     known = ("torch.", "collections.OrderedDict", "_codecs.encode", "builtins.set")
     return next((name for name in names if not name.startswith(known)), None)

@@ -198,13 +198,15 @@ def peel(
             raise UserError(f"{where} holds a single tensor: leave out --weights")
         return {"tensor": root}, [], {}
     peeler = Peeler(where, tensor_type)
+    if _is_training_state("", root):
+        root = {}
     start = root if weights is None else peeler.select(root, weights)
     tensors = peeler.flatten(peeler.descend(start))
     if not tensors:
         keys = ", ".join(shown(name, 40) for name, _ in list(_children(root))[:_MAX_SHOWN])
         what = f"its keys: {keys}" if keys else f"it holds a {type(root).__name__}"
         raise UserError(
-            f"{where} holds no weights, an optimizer's state apart ({what}): "
+            f"{where} holds no weights, the state of training apart ({what}): "
             "name a file that holds the model's state_dict"
         )
     return tensors, peeler.notes, peeler.metadata

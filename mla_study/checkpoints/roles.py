@@ -1,0 +1,139 @@
+"""Which names mean which attention projection: the one table of name families.
+
+A role is matched against the last component of a peeled tensor name (without ``.weight``), so that
+``blocks.3.self_attn.k``, ``blk.3.attn_k``, ``layer.3.attention.self.key`` and
+``lora_unet_blocks_3_self_attn_k`` all give the role ``k`` and a block path. To teach the table a
+new family, add its component name to :data:`FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mla_study.errors import UserError
+
+FAMILIES: dict[str, str] = {
+    "q": "q q_proj query to_q wq w_q query_proj proj_q q_lin linear_q q_linear wquery q_net",
+    "k": "k k_proj key to_k wk w_k key_proj proj_k k_lin linear_k k_linear wkey k_net",
+    "v": "v v_proj value to_v wv w_v value_proj proj_v v_lin linear_v v_linear wvalue v_net",
+    "o": "o o_proj out_proj to_out_0 to_out wo w_o output out out_lin linear_out proj_out proj "
+    "c_proj merge dense proj_attn o_net",
+    "qkv": "qkv qkv_proj c_attn in_proj in_proj_weight wqkv w_qkv to_qkv w_pack query_key_value "
+    "qkv_linear qkv_net",
+    "kv": "kv kv_proj to_kv wkv w_kv key_value kv_linear linear_kv kv_net",
+    "kv_down": "kv_down kv_down_proj w_kv_down kv_a kv_a_proj kv_a_proj_with_mqa kv_a_mqa wkv_a "
+    "w_dkv dkv_proj",
+    "kv_up": "kv_up kv_up_proj w_kv_up kv_b kv_b_proj wkv_b w_ukv",
+    "k_up": "k_up k_up_proj w_k_up k_b k_b_proj w_uk uk_proj",
+    "v_up": "v_up v_up_proj w_v_up v_b v_b_proj w_uv uv_proj",
+    "k_rope": "k_rope k_rope_proj w_kr w_k_rope kr_proj",
+    "q_down": "q_down q_down_proj w_q_down q_a q_a_proj wq_a w_dq dq_proj",
+    "q_up": "q_up q_up_proj w_q_up q_b q_b_proj wq_b w_uq uq_proj",
+    "q_rope": "q_rope q_rope_proj w_qr w_q_rope qr_proj",
+}
+NORMS: dict[str, str] = {
+    "q_norm": "norm_q q_norm q_layernorm query_norm norm_query q_ln",
+    "k_norm": "norm_k k_norm k_layernorm key_norm norm_key k_ln",
+    "kv_norm": "kv_norm norm_kv kv_a_layernorm kv_a_norm kv_down_norm c_kv_norm kv_layernorm",
+    "q_down_norm": "q_down_norm q_a_layernorm q_a_norm c_q_norm",
+}
+ROLES = tuple(FAMILIES) + tuple(NORMS)
+
+_CROSS = re.compile(
+    r"cross|attn2|encoder_attn|enc_?dec|encoder_decoder|context_attn|multihead_attn|x_attn|xattn",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
+_BERT_OUTPUT = re.compile(r"^(?P<block>.*attention)\.output\.dense$")
+
+
+def _compile(table: dict[str, str]) -> dict[str, str]:
+    return {token: role for role, tokens in table.items() for token in tokens.split()}
+
+
+_TOKENS = _compile(FAMILIES)
+_NORM_TOKENS = _compile(NORMS)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a name means: its role and the path of the attention block that it belongs to."""
+
+    role: str
+    block: str
+
+
+def _match(stem: str, tokens: dict[str, str]) -> Match | None:
+    head, _, last = stem.rpartition(".")
+    if last.isdigit() and head.rpartition(".")[2].lower() == "to_out":
+        head, last = head.rpartition(".")[0], f"to_out_{last}"
+    parts = last.split("_")
+    # the longest token wins: 'kv_a_proj_with_mqa' before 'mqa', 'q_proj' before 'proj'
+    for cut in range(len(parts)):
+        role = tokens.get("_".join(parts[cut:]).lower())
+        if role is not None:
+            prefix = "_".join(parts[:cut])
+            return Match(role, ".".join(p for p in (head, prefix) if p))
+    return None
+
+
+def match_weight(name: str) -> Match | None:
+    """Role and block of a matrix, or None where its name says nothing of attention."""
+    stem = name.removesuffix(".weight")
+    bert = _BERT_OUTPUT.match(stem)
+    if bert:
+        return Match("o", bert["block"])
+    return _match(stem, _TOKENS)
+
+
+def match_norm(name: str) -> Match | None:
+    """Role and block of a norm's gain, or None."""
+    return _match(name.removesuffix(".weight").removesuffix(".scale"), _NORM_TOKENS)
+
+
+def is_cross(block: str) -> bool:
+    """Whether a block's path marks cross-attention."""
+    return bool(_CROSS.search(block))
+
+
+def numbers(path: str) -> tuple[int, ...]:
+    """The integers that stand as components of a path: ``blocks.3.attn1`` gives (3,)."""
+    return tuple(int(n) for n in _NUMBER.findall(path))
+
+
+@dataclass(frozen=True)
+class MapRule:
+    """One ``--map 'REGEX -> role'``; ``cross.k`` marks the block as cross-attention."""
+
+    pattern: re.Pattern[str]
+    role: str
+    cross: bool
+
+    def match(self, name: str) -> Match | None:
+        """Role and block of a name that the pattern finds (named group ``block``, or numbers)."""
+        found = self.pattern.search(name)
+        if not found:
+            return None
+        groups = found.groupdict()
+        block = groups.get("block") or groups.get("layer")
+        if block is None:
+            block = ".".join(map(str, numbers(name)))
+        return Match(self.role, f"mapped{'.cross' if self.cross else ''}.{block}".rstrip("."))
+
+
+def parse_map(text: str) -> MapRule:
+    """Parse ``'REGEX -> role'``; raises :class:`UserError` with what is wrong."""
+    pattern, arrow, role = text.rpartition("->")
+    role = role.strip().lower()
+    cross = role.startswith("cross.")
+    role = role.removeprefix("cross.").removeprefix("self.")
+    if not arrow or not pattern.strip() or role not in ROLES:
+        raise UserError(
+            f"--map {text!r} is not 'REGEX -> role' with a role of {', '.join(ROLES)} "
+            "(cross.ROLE marks cross-attention)"
+        )
+    try:
+        return MapRule(re.compile(pattern.strip()), role, cross)
+    except re.error as error:
+        raise UserError(f"--map {text!r}: {error} in the regular expression") from None
