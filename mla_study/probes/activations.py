@@ -1,7 +1,7 @@
 """Second moments of a model's activations, and spectra of weights under them.
 
 d channels of an input, T tokens, W [m, d] an operator on that input, C = E[x x^T] [d, d] uncentred.
-The best rank-k approximation of W on inputs with second moment C is a cut of the spectrum of W C^(1/2).
+On inputs of second moment C the best rank-k stand-in for W is a cut of the spectrum of W C^(1/2).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ _TOKENS_A_STEP = 4096
 
 
 class Covariances(dict[str, np.ndarray]):
-    """Module name -> uncentred second moment of its input, float64 [d, d], with ``tokens`` counted."""
+    """Module name -> uncentred second moment of its input, float64 [d, d], and ``tokens``."""
 
     def __init__(self, matrices: Mapping[str, np.ndarray], tokens: Mapping[str, int]) -> None:
         super().__init__(matrices)
@@ -56,21 +56,21 @@ def collect_covariance(
     Args:
         module: any nn.Module; it runs in eval mode without gradients and gets its mode back.
         inputs: batches, each passed to ``forward``.
-        targets: a regular expression searched in module names, or a predicate on them; None takes the
-            Linear, Conv1D-like and MultiheadAttention modules that ``KEY_LIKE`` names.
-        forward: (module, batch) -> anything. None: a mapping is passed as keywords, a tuple or list as
-            positional arguments, anything else as the one argument.
+        targets: a regular expression searched in module names, or a predicate on them; None takes
+            the Linear, Conv1D and MultiheadAttention modules that ``KEY_LIKE`` names.
+        forward: (module, batch) -> anything. None: a mapping is passed as keywords, a tuple or
+            list as positional arguments, anything else as the one argument.
         mask: batch -> bool [batch, tokens] of the tokens that count (for padding), or None for all.
             It applies to inputs whose leading shape is the mask's.
 
     Returns:
-        one float64 [d, d] a module, symmetric, keyed by the name in ``module.named_modules()``. The
-        sums are formed in float64 on the inputs' device; modules that share one input object in turn
-        (q, k and v) share its product.
+        one float64 [d, d] a module, symmetric, keyed by the name in ``module.named_modules()``.
+        Sums are formed in float64 on the inputs' device; modules that take one input object one
+        after the other (q, k and v) share its product.
 
     Raises:
-        UserError: no module matches, a module never ran, has no tensor input, changes its width, or its
-            input holds NaN or Inf.
+        UserError: no module matches, a module never ran, has no tensor input, changes its width,
+            or its input holds NaN or Inf.
     """
     import torch
 
@@ -116,7 +116,7 @@ def _choose(
     if not chosen:
         seen = [n for n, p in named.items() if _takes_vectors(p)]
         raise UserError(
-            f"no module of {type(module).__name__} matches the targets: name some of its projections, "
+            f"no module of {type(module).__name__} matches the targets: name some projections, "
             f"such as {', '.join(seen[:6]) or 'none (it has no linear layer)'}"
         )
     return chosen
@@ -246,8 +246,9 @@ def load_covariance(path: str | Path, names: Collection[str] | None = None) -> C
         name -> float64 [d, d], symmetric. ``tokens`` is empty where the file does not tell.
 
     Raises:
-        UserError: unreadable file, unknown name, or a tensor that is not float32 or float64, not square,
-            not finite, not symmetric, or has eigenvalues below 0 beyond rounding; all name the file.
+        UserError: unreadable file, unknown name, or a tensor that is not float32 or float64, not
+            square, not finite, not symmetric, or has eigenvalues below 0 beyond rounding; all name
+            the file.
     """
     source = Path(path)
     with _open(source) as file:
@@ -265,7 +266,7 @@ def load_covariance(path: str | Path, names: Collection[str] | None = None) -> C
 
 
 @contextlib.contextmanager
-def _open(source: Path) -> Iterator[Any]:
+def _open(source: Path) -> Generator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -304,8 +305,11 @@ def _checked(source: Path, name: str, matrix: np.ndarray) -> np.ndarray:
     # Cholesky of a matrix lifted by the rounding allowed: a tenth of the cost of its eigenvalues.
     lifted = np.array(wide, order="F")
     lifted[np.diag_indices_from(lifted)] += tolerance * top * wide.shape[0] ** 0.5
-    if top > 0 and scipy.linalg.lapack.dpotrf(lifted, lower=1, overwrite_a=1)[1] != 0:
-        raise bad("has negative eigenvalues")
+    try:
+        if top > 0:
+            scipy.linalg.cholesky(lifted, lower=True, overwrite_a=True, check_finite=False)
+    except np.linalg.LinAlgError as error:
+        raise bad("has negative eigenvalues") from error
     return wide
 
 
@@ -348,8 +352,8 @@ def functional_error(
 ) -> float:
     """Relative RMS error of the best rank-k operator in place of W, on inputs of second moment C.
 
-    min over rank-k V of sqrt(E|Wx - Vx|^2 / E|Wx|^2) = sqrt(1 - E(k)), E the energy curve of W C^(1/2).
-    NaN where W x is always 0.
+    min over rank-k V of sqrt(mean |Wx - Vx|^2 / mean |Wx|^2) = sqrt(1 - E(k)), with the energy
+    curve E of W C^(1/2). NaN where W x is always 0.
 
     Raises:
         ValueError: k below 0, NaN or Inf.

@@ -5,9 +5,9 @@ m rows, n columns, r inner rank of a product; M = max(m, n), N = min(m, n), c = 
 A null is a dict metric -> (value, se). ``value`` is the mean over the draws; ``se`` is the standard
 deviation of the metric of ONE random matrix, widened by sqrt(1 + 1/draws) for the value's own
 error, so that z = (measured - value) / se is of order 1 for one fresh random matrix. Exceptions:
-integer metrics have 1/12 added to their variance, for rounding; ``condition`` has the geometric mean
-(its mean is infinite for square matrices) and se = value * sd(log); se is 0 where the shape fixes the
-metric, and both are NaN where a draw has no such metric.
+integer metrics have 1/12 added to their variance, for rounding; ``condition`` has the geometric
+mean (its mean is infinite for square matrices) and se = value * sd(log); se is 0 where the shape
+fixes the metric, and both are NaN where a draw has no such metric.
 ``spectral_norm`` is that of a matrix of unit Frobenius norm: multiply by ||W||_F to compare.
 
 Everything is determined by the shape, the seed and the number of draws, and cached in the process.
@@ -21,7 +21,6 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float64
 from scipy.linalg import eigvalsh_tridiagonal
-from scipy.optimize import brentq
 
 from mla_study.probes.spectrum import (
     DEFAULT_KS,
@@ -120,9 +119,11 @@ def marchenko_pastur(
         return float((phi - np.sin(phi) * np.cos(phi)) / np.pi)
 
     def solve(share: Callable[[float], float], target: float) -> float:
-        if target >= 1:
-            return float(np.pi)
-        return float(brentq(lambda phi: share(phi) - target, 0.0, np.pi, xtol=1e-13))
+        low, high = 0.0, float(np.pi)
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if share(middle) < target else (low, middle)
+        return high
 
     def energy(k: float) -> float:
         return 1.0 if k >= small else energy_share(solve(count_share, k / small))

@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Float64
-from scipy.linalg import blas
 
 from mla_study.probes.eigenvalues import symmetric_eigenvalues
 
@@ -29,6 +28,7 @@ DEFAULT_TAUS: tuple[float, ...] = (0.5, 0.9, 0.95, 0.99, 0.999)
 TAIL_RATIO = 1e-4
 """Below this sigma_n / sigma_1 the Gram's tail is not trusted and ``svdvals`` takes over."""
 
+_dsyrk, _daxpy = scipy.linalg.get_blas_funcs(("syrk", "axpy"), dtype=np.float64)
 _PANEL_ROWS = 512
 _TIE = 1e-12
 _EPS = float(np.finfo(np.float64).eps)
@@ -66,7 +66,7 @@ def gram(
             rows = np.array(panel[low : low + _PANEL_ROWS], dtype=np.float64, order="C")
             if row_scale is not None:
                 rows *= _scale_of(row_scale, start + low, rows.shape[0])[:, None]
-            total = blas.dsyrk(1.0, rows.T, beta=1.0, c=total, lower=1, overwrite_c=1)
+            total = _dsyrk(1.0, rows.T, beta=1.0, c=total, lower=1, overwrite_c=1)
         start += panel.shape[0]
     if row_scale is not None and start != row_scale.shape[0]:
         raise ValueError(f"row_scale has {row_scale.shape[0]} entries for {start} rows")
@@ -91,7 +91,7 @@ def combine_grams(
     Both are Grams as :func:`gram` returns them; no temporary of their size is made.
     """
     total = np.multiply(first, first_weight, order="F")
-    blas.daxpy(second.ravel(order="K"), total.ravel(order="K"), a=second_weight)
+    _daxpy(second.ravel(order="K"), total.ravel(order="K"), a=second_weight)
     return total
 
 
@@ -150,7 +150,7 @@ def singular_values(
         if m >= n:
             square = gram(blocks, n, row_scale)
         else:
-            square = blas.dsyrk(1.0, _stack(blocks, row_scale).T, trans=1, lower=1)
+            square = _dsyrk(1.0, _stack(blocks, row_scale).T, trans=1, lower=1)
         diagonal = square.diagonal()
         # Squares that left float64's range say nothing about W itself.
         if np.isfinite(diagonal).all() and (1e-250 < diagonal.max() < 1e250):
@@ -163,7 +163,7 @@ def singular_values(
         raise ValueError("the matrix holds NaN or Inf")
     tall = dense.T if m < n else np.asfortranarray(dense)
     del dense
-    return scipy.linalg.svdvals(tall, overwrite_a=True, check_finite=False), "svdvals"
+    return _svdvals(tall), "svdvals"
 
 
 def _stack(blocks: Sequence[np.ndarray], row_scale: np.ndarray | None) -> np.ndarray:
@@ -178,6 +178,14 @@ def _stack(blocks: Sequence[np.ndarray], row_scale: np.ndarray | None) -> np.nda
             raise ValueError(f"row_scale has {row_scale.shape[0]} entries for {m} rows")
         out *= np.asarray(row_scale, dtype=np.float64)[:, None]
     return out
+
+
+def _triangle(matrix: np.ndarray) -> np.ndarray:
+    return np.asarray(np.linalg.qr(np.asarray(matrix, dtype=np.float64), mode="r"))
+
+
+def _svdvals(matrix: np.ndarray) -> np.ndarray:
+    return np.asarray(scipy.linalg.svdvals(matrix, overwrite_a=True, check_finite=False))
 
 
 def factored_singular_values(
@@ -201,12 +209,10 @@ def factored_singular_values(
         raise ValueError(f"factors of shapes {up.shape} and {down.shape} do not compose")
     if 0 in (*up.shape, *down.shape):
         raise ValueError("a factor without rows or columns has no singular values")
-    r_up = np.linalg.qr(np.asarray(up, dtype=np.float64), mode="r")
-    r_down = np.linalg.qr(np.asarray(down, dtype=np.float64).T, mode="r")
-    core = r_up @ r_down.T
+    core = _triangle(up) @ _triangle(down.T).T
     if not np.isfinite(core).all():
         raise ValueError("a factor holds NaN, Inf or values beyond the range of float64")
-    return scipy.linalg.svdvals(core, overwrite_a=True, check_finite=False)
+    return _svdvals(core)
 
 
 def energy_curve(sigma: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:

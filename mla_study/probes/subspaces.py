@@ -92,8 +92,8 @@ def principal_angles(
 ) -> Float64[np.ndarray, " angles"]:
     """Principal angles between two subspaces, in radians, ascending, [min(k, l)].
 
-    Cosines from svdvals(Qa^T Qb); below 45 degrees the sines, from the part of the smaller basis that
-    lies outside the larger space, which keeps small angles accurate (Bjorck and Golub 1973, sec. 3).
+    Cosines from svdvals(Qa^T Qb); below 45 degrees the sines, from the part of the smaller basis
+    that lies outside the larger space: accurate for small angles (Bjorck and Golub 1973, sec. 3).
 
     Raises:
         ValueError: different ambient dimensions.
