@@ -198,9 +198,8 @@ def peel(
             raise UserError(f"{where} holds a single tensor: leave out --weights")
         return {"tensor": root}, [], {}
     peeler = Peeler(where, tensor_type)
-    if _is_training_state("", root):
-        root = {}
-    start = root if weights is None else peeler.select(root, weights)
+    usable = {} if _is_training_state("", root) else root
+    start = usable if weights is None else peeler.select(usable, weights)
     tensors = peeler.flatten(peeler.descend(start))
     if not tensors:
         keys = ", ".join(shown(name, 40) for name, _ in list(_children(root))[:_MAX_SHOWN])
