@@ -46,7 +46,7 @@ class _DropError(Exception):
 
 
 class HttpBytes:
-    """A remote file read by byte range. Pickles without its connection.
+    """A remote file read by byte range, by one thread. Pickles without its connection.
 
     ``headers`` go to the address' own origin only, never to one that it redirects to. Raises
     UserError where the file is absent, needs a login, cannot be read by range, changes while being
@@ -181,8 +181,11 @@ class HttpBytes:
             raise UserError(
                 f"{self.name}: the host is unknown: check the address and the network"
             ) from None
-        except (http.client.InvalidURL, UnicodeError) as error:
-            raise UserError(f"{self.name} is not a valid address ({error}): check it") from None
+        except (http.client.InvalidURL, ValueError):  # whose text may show the token
+            raise UserError(
+                f"{self.name}: the address, the token or a redirect holds something that cannot "
+                "be sent: check them"
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             raise _DropError(str(error) or type(error).__name__) from None
 

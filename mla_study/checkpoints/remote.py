@@ -88,6 +88,8 @@ def open_hub_file(address: str, on_bytes: OnBytes | None = None) -> HttpBytes:
     repo, revision, inside = parse_hub(address)
     if not inside:
         raise UserError(f"{address} is a repository: name a weight file inside it")
+    if _hub().constants.HF_HUB_OFFLINE:
+        raise UserError(f"{address} cannot be read offline: unset HF_HUB_OFFLINE")
     return HttpBytes(
         _hub_url(repo, revision or "main", inside),
         _hub_headers(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,6 +39,9 @@ class Site:
     url: str = ""
 
 
+Start = Callable[..., Site]
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     site: Site
@@ -68,6 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
             keep = min(keep, site.drop_after.pop(0))
         cut = keep < len(body)
         body = body[:keep]
+        site.body_bytes += len(body)  # before the client can see it
         try:
             if site.chunked:
                 for at in range(0, len(body), 7001):
@@ -80,7 +84,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         except OSError:
             cut = True
-        site.body_bytes += len(body)
         if cut:
             self.close_connection = True
 
