@@ -290,7 +290,7 @@ class _Header:
             self._fits(count)
             stop = min(self.source.size, self._at + max(count, _CHUNK))
             self._base, start = self._at, 0
-            self._buffer = self.source.read(self._at, stop)
+            self._buffer = bytes(self.source.read(self._at, stop))
         self._at += count
         return self._buffer[start : start + count]
 

@@ -71,13 +71,8 @@ class OnnxFile:
             if (value := getattr(model, key))
         }
         self._protos: dict[str, Any] = {}
-        self._cached: tuple[str, bytes] = ("", b"")
-        try:
-            self._collect(model)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{path} cannot be read as ONNX ({_reason(error)}): {_AGAIN}") from None
+        self._cached: tuple[str | None, memoryview] = (None, memoryview(b""))
+        self._collect(model)
         if weights is not None:
             self.notes.append(f"{path}: there is one set of weights; '{weights}' is ignored.")
 
@@ -122,7 +117,7 @@ class OnnxFile:
 
     def close(self) -> None:
         self._protos = {}
-        self._cached = ("", b"")
+        self._cached = (None, memoryview(b""))
 
     def _collect(self, model: Any) -> None:
         nodes: list[Any] = []
@@ -204,8 +199,8 @@ class OnnxFile:
         shape = tuple(self._protos[stored].dims)
         return decode(self._raw(stored), info.dtype, shape)
 
-    def _raw(self, stored: str) -> bytes:
-        if self._cached[0] == stored and self._cached[1]:
+    def _raw(self, stored: str) -> memoryview:
+        if self._cached[0] == stored:
             return self._cached[1]
         proto = self._protos[stored]
         expected = self.tensors[self._uses[stored].name].nbytes
@@ -213,7 +208,7 @@ class OnnxFile:
             raw = self._external(proto, expected)
         else:
             # Each access to raw_data copies it.
-            raw = bytes(proto.raw_data) or _typed(proto)
+            raw = memoryview(bytes(proto.raw_data) or _typed(proto))
         if len(raw) != expected:
             raise UserError(
                 f"{self.path}: tensor {shown(stored)} has {len(raw)} bytes where its shape and "
@@ -222,7 +217,7 @@ class OnnxFile:
         self._cached = (stored, raw)
         return raw
 
-    def _external(self, proto: Any, expected: int) -> bytes:
+    def _external(self, proto: Any, expected: int) -> memoryview:
         entries = {entry.key: entry.value for entry in proto.external_data}
         location = entries.get("location", "")
         folder = Path(self.path).resolve().parent
@@ -245,7 +240,7 @@ class OnnxFile:
                     f"{self.path}: the values of tensor {shown(proto.name)} are not in "
                     f"{target.name} ({source.size} bytes): {_AGAIN}"
                 )
-            return source.read(offset, offset + length)
+            return memoryview(source.read(offset, offset + length)).toreadonly()
         finally:
             source.close()
 

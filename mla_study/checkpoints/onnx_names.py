@@ -210,8 +210,8 @@ def _scope(node: Any) -> tuple[str, str]:
     # A called Sequential repeats itself: /net/net.0/MatMul is net.0.
     kept = [
         part
-        for part, after in zip(parts, [*parts[1:], ""], strict=True)
-        if not after.startswith(f"{part}.")
+        for at, part in enumerate(parts)
+        if at + 1 == len(parts) or not parts[at + 1].startswith(f"{part}.")
     ]
     return ".".join(kept), last
 

@@ -67,7 +67,7 @@ class TorchFile:
     def __init__(self, path: str, *, weights: str | None = None) -> None:
         source = LocalBytes(path)
         # torch decides by the same four bytes.
-        is_zip = source.read(0, min(4, source.size)) == b"PK\x03\x04"
+        is_zip = bytes(source.read(0, min(4, source.size))) == b"PK\x03\x04"
         source.close()
         self.path = path
         self.fingerprint = source.fingerprint()
