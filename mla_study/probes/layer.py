@@ -41,11 +41,13 @@ _PANEL = 512
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure on each block; hashed into the identity of a run."""
+    """What to measure on each block; ``subspace`` asks for the row space too (see ``subspace_of``):
+    of that dimension, or of the natural one where it is -1."""
 
     operators: tuple[str, ...] = DEFAULT_OPERATORS
     gauges: tuple[str, ...] = GAUGES
     exact_tail: bool = False
+    subspace: int = 0
 
 
 @dataclass
@@ -335,16 +337,45 @@ class _Stacks:
         return Spectrum(op, -1, self.prefix + gauge, sigma, self._m(op), self._n(op), method)
 
 
-def _composed(
-    weights: Weights, attention: Attention, cov_sqrt: np.ndarray | None
-) -> list[Spectrum]:
-    """[W_K_up; W_V_up] diag(g) W_kv_down of latent attention, g the gain of the latent norm."""
+def _latent_factors(weights: Weights, attention: Attention) -> tuple[np.ndarray, np.ndarray]:
     parts = attention.parts
     down = weights.dense(parts["kv_down"])
     ups = [weights.dense(parts[role]) for role in ("kv_up", "k_up", "v_up") if role in parts]
     up = np.concatenate(ups)
     if "kv_norm" in attention.norms:
         up = up * weights.gain(attention.norms["kv_norm"], up.shape[1])
+    return up, down
+
+
+def subspace_rank(attention: Attention) -> int:
+    """Dimension of the row space that is compared: d_c of a latent block, min(m, n) / 8 of a dense."""
+    parts = attention.parts
+    if attention.latent:
+        return min(parts["kv_down"].m, parts["kv_down"].n)
+    return max(1, min(parts["k"].m + parts["v"].m, parts["k"].n) // 8)
+
+
+def subspace_of(checkpoint: Checkpoint, attention: Attention, k: int) -> np.ndarray | None:
+    """Basis [n, k] of the leading row space of [K; V] or of the composed operator.
+
+    None where the operator has a rank below k, so that there is no such space.
+    """
+    from mla_study.probes.subspaces import factored_row_space, row_space
+
+    weights = Weights(checkpoint)
+    try:
+        if attention.latent:
+            return factored_row_space(*_latent_factors(weights, attention), k)
+        return row_space([weights.dense(attention.parts[role]) for role in "kv"], k)
+    except ValueError:
+        return None
+
+
+def _composed(
+    weights: Weights, attention: Attention, cov_sqrt: np.ndarray | None
+) -> list[Spectrum]:
+    """[W_K_up; W_V_up] diag(g) W_kv_down of latent attention, g the gain of the latent norm."""
+    up, down = _latent_factors(weights, attention)
     m, r, n = up.shape[0], up.shape[1], down.shape[1]
     found = [
         Spectrum("composed", -1, "raw", factored_singular_values(up, down), m, n, "factors", r)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from mla_study.checkpoints.roles import parse_map
 from mla_study.errors import UserError
 from mla_study.probes.layer import DEFAULT_OPERATORS, GAUGES, OPERATORS, Request
 from mla_study.probes.spectrum import METRICS
-from mla_study.probes.table import COLUMNS, SPECTRA_COLUMNS, Rows, Source
+from mla_study.probes.table import COLUMNS, SPECTRA_COLUMNS, Rows, Source, typed
 from mla_study.probes.work import Item, Measured, Store, run
 
 if TYPE_CHECKING:
@@ -101,6 +101,26 @@ class Probed:
     reports: list[Report]
     inputs: dict[str, str]
     bytes_read: int = 0
+    bases: dict[Source, dict[tuple[int, str, str], np.ndarray]] = field(default_factory=dict)
+
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Sequence[tuple[Any, ...]],
+        reports: list[Report],
+        digests: Mapping[str, Sequence[str]],
+        bytes_read: int,
+    ) -> Probed:
+        """From ready rows of a comparison, without spectra."""
+        import pandas as pd
+
+        return cls(
+            typed(pd.DataFrame(list(rows), columns=list(COLUMNS))),
+            typed(pd.DataFrame(columns=list(SPECTRA_COLUMNS))),
+            reports,
+            _digest(digests),
+            bytes_read,
+        )
 
     @property
     def validity(self) -> str:
@@ -162,6 +182,7 @@ def probe_sources(
     store: Store,
     workers: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
+    subspaces: bool = False,
 ) -> Probed:
     """Measure all blocks of all checkpoints.
 
@@ -171,11 +192,13 @@ def probe_sources(
         store: where finished blocks are kept; a second run with the same one goes on there.
         workers: processes; None decides by the amount of arithmetic and the number of cores.
         progress: called with (blocks finished, blocks in all, bytes read so far).
+        subspaces: keep a basis of each block's row space in :attr:`Probed.bases`.
 
     Raises:
         UserError: any checkpoint that cannot be read, holds no attention, or holds NaN or Inf.
     """
     planned: list[tuple[Source, Item]] = []
+    request = replace(options.request, subspace=-1 if subspaces else 0)
     reports: list[Report] = []
     header_bytes = 0
     for source in sources:
@@ -184,9 +207,7 @@ def probe_sources(
         reports.append(report)
         covariances = _covariances(options, report)
         for attention in report.found.attentions:
-            item = Item(
-                spec, fingerprint, attention, options.request, covariances.get(id(attention))
-            )
+            item = Item(spec, fingerprint, attention, request, covariances.get(id(attention)))
             planned.append((source, item))
     seen = [0, header_bytes]
 
@@ -204,7 +225,13 @@ def probe_sources(
     rows = Rows(options.wants, options.seed, truncated)
     for source, item, result in measured:
         rows.add(source, item, result)
-    return Probed(*rows.frames(), reports, _inputs(measured), seen[1])
+    bases: dict[Source, dict[tuple[int, str, str], np.ndarray]] = {s: {} for s in sources}
+    for source, item, result in measured:
+        if result.basis is not None:
+            attention = item.attention
+            operator = "composed" if attention.latent else "kv"
+            bases[source][attention.layer, attention.kind, operator] = result.basis
+    return Probed(*rows.frames(), reports, _inputs(measured), seen[1], bases)
 
 
 def _no_spectra(options: Options, reports: list[Report]) -> str:
@@ -224,6 +251,10 @@ def _inputs(measured: Iterable[tuple[Source, Item, Measured]]) -> dict[str, str]
     for source, _, result in measured:
         lines = digests.setdefault(source.label, [])
         lines += [f"{name} {digest}" for name, digest in sorted(result.digests.items())]
+    return _digest(digests)
+
+
+def _digest(digests: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return {
         label: hashlib.sha256("\n".join(sorted(set(lines))).encode()).hexdigest()
         for label, lines in digests.items()

@@ -27,7 +27,13 @@ import numpy as np
 from mla_study.checkpoints.operators import Attention
 from mla_study.checkpoints.reader import Checkpoint, OpenSpec, open_checkpoint
 from mla_study.errors import UserError
-from mla_study.probes.layer import Request, Spectrum, measure_attention
+from mla_study.probes.layer import (
+    Request,
+    Spectrum,
+    measure_attention,
+    subspace_of,
+    subspace_rank,
+)
 from mla_study.probes.spectrum import measures
 
 # below this much arithmetic a second process costs more than it brings (about two seconds a core)
@@ -92,6 +98,7 @@ class Measured:
     metrics: list[dict[str, float]]
     digests: dict[str, str]
     bytes_read: int = 0
+    basis: np.ndarray | None = None  # [n, k], where a subspace was asked for
 
 
 @dataclass
@@ -135,6 +142,8 @@ def write_measured(path: Path, measured: Measured) -> None:
     }
     buffer = io.BytesIO()
     arrays = {f"s{i}": s.sigma for i, s in enumerate(measured.spectra)}
+    if measured.basis is not None:
+        arrays["basis"] = measured.basis
     text = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
     np.savez(buffer, meta=text, **arrays)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -156,9 +165,10 @@ def read_measured(path: Path) -> Measured:
         with np.load(path, allow_pickle=False) as data:
             meta = json.loads(bytes(data["meta"]))
             spectra = [Spectrum(sigma=data[f"s{i}"], **m) for i, m in enumerate(meta["spectra"])]
+            basis = data["basis"] if "basis" in data else None
     except (zipfile.BadZipFile, TypeError) as error:
         raise ValueError(str(error)) from None
-    return Measured(spectra, meta["metrics"], meta["digests"], meta["bytes_read"])
+    return Measured(spectra, meta["metrics"], meta["digests"], meta["bytes_read"], basis)
 
 
 @lru_cache(maxsize=2)
@@ -187,7 +197,12 @@ def measure(item: Item) -> Measured:
             f"({error}): check the weights there"
         ) from None
     metrics = [measures(s.sigma, s.n) for s in spectra]
-    return Measured(spectra, metrics, digests, checkpoint.bytes_read - before)
+    k = item.request.subspace
+    basis = None
+    if k:
+        rank = subspace_rank(item.attention) if k < 0 else k
+        basis = subspace_of(checkpoint, item.attention, rank)
+    return Measured(spectra, metrics, digests, checkpoint.bytes_read - before, basis)
 
 
 @contextlib.contextmanager
