@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +50,15 @@ METADATA: dict[str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def style() -> Iterator[None]:
+def style() -> Generator[None]:
     """Matplotlib's defaults plus the project's one style, whatever the user's own settings are."""
     import matplotlib as mpl
-    import matplotlib.style
+    from matplotlib.style import use
 
     with mpl.rc_context():
         backend = mpl.rcParams["backend"]
         mpl.rcParams.update({k: v for k, v in mpl.rcParamsDefault.items() if k != "backend"})
-        mpl.style.use(STYLE)
+        use(STYLE)
         mpl.rcParams["backend"] = backend
         yield
 
@@ -98,7 +98,7 @@ def save_figure(
     if unknown:
         raise UserError(f"Figures are saved as {', '.join(METADATA)}, not as {unknown[0]}.")
     paths = {name: stem.with_name(f"{stem.name}.{name}") for name in wanted}
-    fixed = {"svg.hashsalt": "mla_study", "svg.fonttype": "path"}
+    fixed: dict[Any, Any] = {"svg.hashsalt": "mla_study", "svg.fonttype": "path"}
     fixed |= {"pdf.fonttype": 42, "pdf.compression": 0, "savefig.dpi": 300}
     with _source_date_epoch(), mpl.rc_context(fixed):
         for name, path in paths.items():
@@ -110,7 +110,7 @@ def save_figure(
 
 
 @contextlib.contextmanager
-def _source_date_epoch() -> Iterator[None]:
+def _source_date_epoch() -> Generator[None]:
     before = os.environ.get("SOURCE_DATE_EPOCH")
     os.environ["SOURCE_DATE_EPOCH"] = EPOCH
     try:

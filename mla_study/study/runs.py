@@ -256,10 +256,10 @@ def atomic_write(path: Path | str, content: bytes | Callable[[Path], object]) ->
 @overload
 def round_significant(values: pd.DataFrame, digits: int = 7) -> pd.DataFrame: ...
 @overload
-def round_significant(values: np.ndarray[Any, Any], digits: int = 7) -> np.ndarray[Any, Any]: ...
+def round_significant(values: np.ndarray, digits: int = 7) -> np.ndarray: ...
 def round_significant(
-    values: pd.DataFrame | np.ndarray[Any, Any], digits: int = 7
-) -> pd.DataFrame | np.ndarray[Any, Any]:
+    values: pd.DataFrame | np.ndarray, digits: int = 7
+) -> pd.DataFrame | np.ndarray:
     """Round floats to ``digits`` significant decimal digits; other columns stay as they are.
 
     Another processor's last bits then change nothing that is drawn or stored. Correctly rounded by
