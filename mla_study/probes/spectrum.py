@@ -342,17 +342,8 @@ def metric_names(
     """Names of what :func:`measures` returns, in its order."""
     ranks = [name for tau in taus for name in (f"r_{tau:g}", f"r_{tau:g}_interp")]
     energies = [f"energy_at_{k}" for k in ks]
-    return (
-        *ranks,
-        *energies,
-        "energy_at_n/8",
-        "stable_rank",
-        "entropy_rank",
-        "participation_ratio",
-        "spectral_norm",
-        "condition",
-        "tail_exponent",
-    )
+    whole = "stable_rank entropy_rank participation_ratio spectral_norm condition tail_exponent"
+    return (*ranks, *energies, "energy_at_n/8", *whole.split())
 
 
 METRICS: tuple[str, ...] = metric_names()
