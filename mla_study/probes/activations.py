@@ -83,7 +83,7 @@ def collect_covariance(
     ]
     try:
         module.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             for batch in inputs:
                 collector.mask = None if mask is None else mask(batch)
                 (forward or _call)(module, batch)
@@ -139,17 +139,20 @@ class _Collector:
         self.sums: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.mask: torch.Tensor | None = None
-        self.last: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        self.last: tuple[torch.Tensor, int, torch.Tensor, int] | None = None
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def see(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = _input_of(part, args, kwargs)
             if x is None or x.ndim < 1:
                 raise UserError(f"module '{name}' is called without a tensor: choose other targets")
-            if self.last is None or self.last[0] is not x:
-                product, count = self._second_moment(x)
-                self.last = (x, product, count)
-            _, product, count = self.last
+            # The version tells an input that was changed in place since.
+            version = -1 if x.is_inference() else x._version
+            last = self.last
+            if last is None or last[0] is not x or last[1] != version or version < 0:
+                last = (x, version, *self._second_moment(x))
+                self.last = last
+            _, _, product, count = last
             known = self.sums.get(name)
             if known is None:
                 self.sums[name], self.tokens[name] = product.clone(), count
@@ -298,7 +301,7 @@ def _checked(source: Path, name: str, matrix: np.ndarray) -> np.ndarray:
     wide = matrix.astype(np.float64)
     if not np.isfinite(wide).all():
         raise bad("holds NaN or Inf")
-    top = float(np.abs(wide.diagonal()).max())
+    top = float(np.abs(wide).max())
     if float(np.abs(wide - wide.T).max()) > tolerance * top:
         raise bad("is not symmetric")
     wide = (wide + wide.T) / 2
