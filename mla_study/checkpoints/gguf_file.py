@@ -240,8 +240,9 @@ class _Header:
             if name in self.tensors:
                 raise self._damaged(f"{where} is listed twice")
             dtype, block, block_bytes = self._type(kind, where)
-            if shape and shape[-1] % block:
-                raise self._damaged(f"{where} of type {dtype} has rows of {shape[-1]} values")
+            width = shape[-1] if shape else 1
+            if width % block:
+                raise self._damaged(f"{where} of type {dtype} has rows of {width} values")
             # Zeros apart: an empty array may not have a huge extent along another axis either.
             if math.prod(n for n in shape if n) > _MAX_ELEMENTS:
                 raise self._damaged(f"{where} claims the shape {shape}")

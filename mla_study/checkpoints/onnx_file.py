@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,33 +81,21 @@ class OnnxFile:
         """Rows ``[start, stop)`` of the first axis (of the outputs, where the weight is stored
         transposed) as float32, float64 for F64 and wide integers. Raises UserError."""
         stored, use, info = self._find(name)
-        if info.dtype not in DECODED:
-            raise UserError(
-                f"{self.path}: tensor {shown(name)} has dtype {info.dtype}, which is not read "
-                "here: export the model in float32, float16 or bfloat16"
-            )
         if use.integer and use.scale is None:
             raise UserError(
                 f"{self.path}: the scale of the integer weight {shown(name)} is not in the file: "
                 "export the model in float32 or float16"
             )
-        try:
-            values = self._values(stored, info)
-            rows = slice(start, stop).indices(info.shape[0])[:2] if info.shape else (0, 1)
-            selected = values
-            if info.shape:
-                first, last = rows[0], max(rows)
-                selected = values[:, first:last] if use.transposed else values[first:last]
-            self.bytes_read += info.nbytes * selected.size // max(1, values.size)
-            if use.scale is not None:
-                selected = self._dequantise(selected, use, values.shape, rows)
-            return selected.T if use.transposed else selected
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{self.path}: tensor {shown(name)} cannot be read ({_reason(error)}): {_AGAIN}"
-            ) from None
+        values = self._values(stored, info)
+        rows = slice(start, stop).indices(info.shape[0])[:2] if info.shape else (0, 1)
+        selected = values
+        if info.shape:
+            first, last = rows[0], max(rows)
+            selected = values[:, first:last] if use.transposed else values[first:last]
+        self.bytes_read += info.nbytes * selected.size // max(1, values.size)
+        if use.scale is not None:
+            selected = self._dequantise(selected, use, values.shape, rows)
+        return selected.T if use.transposed else selected
 
     def raw_sha256(self, name: str) -> str:
         """Hexadecimal sha256 of the values as stored (not transposed, not dequantised)."""
@@ -123,11 +112,18 @@ class OnnxFile:
         nodes: list[Any] = []
         inner = 0
         for graph in walk(model.graph):
-            nodes.extend(graph.node)
+            for node in graph.node:
+                # The parser gives text that is no UTF-8 as bytes.
+                texts = (node.name, node.op_type, node.domain, *node.input, *node.output)
+                if not all(isinstance(text, str) for text in texts):
+                    raise UserError(f"{self.path}: a node's name is no text: {_AGAIN}")
+                nodes.append(node)
             found = list(graph.initializer)
             for node in graph.node:
                 found += _constant(node)
             for proto in found:
+                if not isinstance(proto.name, str):
+                    raise UserError(f"{self.path}: an initialiser's name is no text: {_AGAIN}")
                 if proto.data_type == 8:  # strings
                     continue
                 if proto.name in self._protos:
@@ -196,6 +192,11 @@ class OnnxFile:
 
     def _values(self, stored: str, info: TensorInfo) -> np.ndarray:
         """The whole tensor in its stored layout, kept for the next panel of the same tensor."""
+        if info.dtype not in DECODED:
+            raise UserError(
+                f"{self.path}: tensor {shown(info.name)} has dtype {info.dtype}, which is not "
+                "read here: export the model in float32, float16 or bfloat16"
+            )
         shape = tuple(self._protos[stored].dims)
         return decode(self._raw(stored), info.dtype, shape)
 
@@ -218,11 +219,12 @@ class OnnxFile:
         return raw
 
     def _external(self, proto: Any, expected: int) -> memoryview:
-        entries = {entry.key: entry.value for entry in proto.external_data}
+        entries = {entry.key: str(entry.value) for entry in proto.external_data}
         location = entries.get("location", "")
-        folder = Path(self.path).resolve().parent
-        target = (folder / location).resolve()
-        # A model may not make us read whatever it likes.
+        # By name only: a hub's cache keeps both files as links into another folder. A model may not
+        # make us read whatever it likes.
+        folder = Path(self.path).absolute().parent
+        target = Path(os.path.normpath(folder / location))
         if not location or not target.is_relative_to(folder):
             raise UserError(
                 f"{self.path}: tensor {shown(proto.name)} keeps its values in "
@@ -233,7 +235,12 @@ class OnnxFile:
             length = int(entries.get("length") or expected)
         except ValueError:
             offset, length = -1, 0
-        source = LocalBytes(str(target))
+        try:
+            source = LocalBytes(str(target))
+        except UserError as error:
+            raise UserError(
+                f"{self.path}: tensor {shown(proto.name)} keeps its values in another file: {error}"
+            ) from None
         try:
             if offset < 0 or length != expected or offset + length > source.size:
                 raise UserError(
@@ -311,6 +318,8 @@ def _constant(node: Any) -> list[Any]:
 
 
 def _typed(proto: Any) -> bytes:
+    if proto.data_type not in _TYPES:
+        return b""
     _, field, stored = _TYPES[proto.data_type]
     values = getattr(proto, field)
     if field == "int32_data":

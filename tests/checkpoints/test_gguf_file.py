@@ -170,6 +170,7 @@ DATA = bytes(4096)
         (header(tensors=[entry(b"w", [4, 4], offset=1 << 63)]) + DATA, "outside the file"),
         (header(tensors=[entry(b"w", [4, 4], offset=7)]) + DATA, "outside the file"),
         (header(tensors=[entry(b"w", [33, 4], kind=3)]) + DATA, "rows of 33 values"),
+        (header(tensors=[entry(b"w", [], kind=3)]) + DATA, "rows of 1 values"),
         (header(tensors=[entry(b"w", [4, 4], kind=4)]) + DATA, "does not know"),
         (header(tensors=[entry(b"a", [8, 8]), entry(b"b", [8, 8], offset=32)]) + DATA, "overlap"),
         (

@@ -296,6 +296,18 @@ class TestExternalData:
         with pytest.raises(UserError, match=r"a\.data does not exist"):
             OnnxFile(path).read("w")
 
+    def test_through_links_like_a_hub_cache(self, tmp_path, draw):
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "snapshot").mkdir()
+        array = draw(5, 6)
+        options = {"save_as_external_data": True, "location": "a.data", "size_threshold": 0}
+        write(tmp_path / "blobs/a.onnx", [], {"w": array}, **options)
+        for blob, name in (("a.onnx", "m.onnx"), ("a.data", "a.data")):
+            target = (tmp_path / "blobs" / blob).rename(tmp_path / f"blobs/hash-{blob}")
+            (tmp_path / "snapshot" / name).symlink_to(target)
+        file = OnnxFile(str(tmp_path / "snapshot/m.onnx"))
+        np.testing.assert_array_equal(file.read("w"), array)
+
     @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "", "x\0y"])
     def test_never_outside_the_folder(self, tmp_path, location):
         (tmp_path / "secret").write_bytes(bytes(16))
@@ -332,6 +344,14 @@ class TestRefusals:
         proto = numpy_helper.from_array(np.ones((2, 3), np.float32), "w")
         with pytest.raises(UserError, match="'w' is there twice"):
             OnnxFile(write(tmp_path / "a.onnx", [], {"w": proto, "again": proto}))
+
+    @pytest.mark.parametrize("name", [b"onnx::MatMul_1", b"/attn/q/MatMul"])
+    def test_names_that_are_no_text(self, tmp_path, draw, name):
+        product = node("MatMul", ["x", "onnx::MatMul_1"], "/attn/q/MatMul")
+        path = Path(write(tmp_path / "a.onnx", [product], {"onnx::MatMul_1": draw(2, 3)}))
+        path.write_bytes(path.read_bytes().replace(name, b"\xff" + name[1:]))
+        with pytest.raises(UserError, match="name is no text"):
+            OnnxFile(str(path))
 
     def test_four_bit_types(self, tmp_path):
         proto = helper.make_tensor("w", onnx.TensorProto.INT4, [2, 2], [1, 2, 3, 4])
