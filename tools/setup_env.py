@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,10 @@ VERSIONS = ((3, 11), (3, 13))
 
 def recipe_hash() -> str:
     """Identity of the environment: its recipe, and the folder that its scripts point to."""
-    digest = hashlib.sha256(str(ROOT).encode())
-    for file in (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__)):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    installed = [project["build-system"], project["project"], project["tool"]["hatch"]]
+    digest = hashlib.sha256(json.dumps([str(ROOT), installed]).encode())
+    for file in (ROOT / "constraints.txt", Path(__file__)):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -4,7 +4,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -17,11 +19,18 @@ from .conftest import MODULE, Checkout
 
 
 @pytest.fixture(autouse=True)
-def own_analysis_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_analysis_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``analysis`` of the throwaway checkout, not one that another test has imported."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    for name in [name for name in sys.modules if name.split(".")[0] == "analysis"]:
-        monkeypatch.delitem(sys.modules, name)
+
+    def take() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if name.split(".")[0] == "analysis"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = take()
+    yield
+    take()
+    sys.modules.update(before)
 
 
 def age(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
