@@ -158,11 +158,10 @@ def singular_values(
             if not needs_svd(sigma):
                 return sigma, "gram"
         del square
-    dense = _stack(blocks, row_scale)
-    if not all(np.isfinite(row).all() for row in dense):
+    tall = _stack(blocks, row_scale)
+    tall = tall.T if m < n else tall
+    if not all(np.isfinite(column).all() for column in tall.T):
         raise ValueError("the matrix holds NaN or Inf")
-    tall = dense.T if m < n else np.asfortranarray(dense)
-    del dense
     return _svdvals(tall), "svdvals"
 
 
@@ -171,7 +170,8 @@ def _stack(blocks: Sequence[np.ndarray], row_scale: np.ndarray | None) -> np.nda
     if any(block.ndim != 2 or block.shape[1] != n for block in blocks):
         raise ValueError(f"blocks of shapes {[b.shape for b in blocks]} do not share their columns")
     m = sum(block.shape[0] for block in blocks)
-    out = np.empty((m, n), order="C")
+    # The order that the solvers can destroy in place, tall or transposed to be so.
+    out = np.empty((m, n), order="F" if m >= n else "C")
     np.concatenate(list(blocks), axis=0, out=out)
     if row_scale is not None:
         if row_scale.shape != (m,):
