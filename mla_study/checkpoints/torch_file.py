@@ -7,8 +7,10 @@ import io
 import math
 import pickletools
 import re
+import sys
 import warnings
 import zipfile
+from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,9 @@ _NAMES = {
 _PANEL_BYTES = 1 << 24
 _MAX_ELEMENTS = 1 << 56
 
-# Their arguments may be expanded views, which they would write out in full while loading.
-_COPYING = "torch._utils._rebuild_device_tensor_from_"
+# Allowed by torch, and able to fill any amount of memory from a few bytes: an expanded view written
+# out, a buffer of a given length.
+_FILLING = ("torch._utils._rebuild_device_tensor_from_", "builtins.bytearray")
 _REMEDY = (
     "save model.state_dict() or a safetensors file where it was made, "
     "or get the weights as safetensors"
@@ -74,10 +77,10 @@ class TorchFile:
         data, budget = _inspect_zip(path, source.size) if is_zip else (None, source.size)
         # The legacy format is a stream that has to be read whole.
         self.bytes_read = source.size if data is None else len(data)
-        root, tensor_type = _load(path, mmap=is_zip, data=data, budget=budget)
+        root, tensor_type, spans = _load(path, mmap=is_zip, data=data, budget=budget)
         self._tensors, self.notes, self.metadata = peel(path, root, tensor_type, weights)
         self.tensors: Mapping[str, TensorInfo] = {
-            name: _info(path, name, tensor) for name, tensor in self._tensors.items()
+            name: _info(path, name, tensor, spans) for name, tensor in self._tensors.items()
         }
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -193,11 +196,13 @@ def _inspect_zip(path: str, size: int) -> tuple[bytes, int]:
         ) from None
 
 
-def _load(path: str, *, mmap: bool, data: bytes | None, budget: int) -> tuple[Any, type]:
-    """``(the loaded object, torch.Tensor)``."""
+def _load(
+    path: str, *, mmap: bool, data: bytes | None, budget: int
+) -> tuple[Any, type, list[tuple[int, int]]]:
+    """``(the loaded object, torch.Tensor, where in memory the file's storages lie)``."""
     names = _globals(path, data)
     for name in names:
-        if name.startswith(("torch.distributed.", _COPYING)):
+        if name.startswith(("torch.distributed.", *_FILLING)):
             raise _refusal(path, name)
     try:
         import torch
@@ -208,10 +213,12 @@ def _load(path: str, *, mmap: bool, data: bytes | None, budget: int) -> tuple[An
         ) from None
 
     total = 0
+    spans: list[tuple[int, int]] = []
 
     def keep_on_cpu(storage: Any, _location: str) -> Any:
         nonlocal total
         total += storage.nbytes()
+        spans.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
         if total > budget:
             raise UserError(
                 f"{path}: its tensors claim more than the {budget} bytes stored: "
@@ -222,10 +229,8 @@ def _load(path: str, *, mmap: bool, data: bytes | None, budget: int) -> tuple[An
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return (
-                torch.load(path, map_location=keep_on_cpu, weights_only=True, mmap=mmap),
-                torch.Tensor,
-            )
+            root = torch.load(path, map_location=keep_on_cpu, weights_only=True, mmap=mmap)
+            return root, torch.Tensor, sorted(spans)
     except UserError:
         raise
     except Exception as error:
@@ -306,9 +311,14 @@ def _meta_error(path: str, name: str) -> UserError:
     )
 
 
-def _info(path: str, name: str, tensor: Any) -> TensorInfo:
+def _info(path: str, name: str, tensor: Any, spans: list[tuple[int, int]]) -> TensorInfo:
     try:
         kind = _oddity(tensor)
+        if kind is None and tensor.numel():
+            storage = tensor.untyped_storage()
+            at = bisect_right(spans, (storage.data_ptr(), sys.maxsize)) - 1
+            if at < 0 or storage.data_ptr() + storage.nbytes() > spans[at][1]:
+                raise ValueError("its values are not in the file")
         if kind != "meta":
             shape = () if kind == "nested" else tuple(int(n) for n in tensor.shape)
             if math.prod(n for n in shape if n) > _MAX_ELEMENTS:

@@ -231,6 +231,7 @@ class TestRefusals:
         with pytest.raises(UserError, match="tensor 'q' is a meta tensor"):
             TorchFile(path)
 
+    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
     def test_sparse_quantised_and_complex(self, tmp_path):
         odd = {
             "sparse": torch.eye(4).to_sparse(),
@@ -253,6 +254,25 @@ class TestRefusals:
         for attempt in (lambda: file.read("w"), lambda: file.raw_sha256("w")):
             with pytest.raises(UserError, match=r"'w'.*expanded view"):
                 attempt()
+
+    @pytest.mark.parametrize(
+        ("body", "says"),
+        [
+            (b"ctorch\nFloatTensor\n", "values are not in the file"),
+            (b"ctorch\nTensor\n", "values are not in the file"),
+            (b"cbuiltins\nbytearray\n", "asks for builtins.bytearray"),
+            (b"c__builtin__\nbytearray\n", "asks for builtins.bytearray"),
+        ],
+    )
+    def test_memory_that_a_pickle_merely_asks_for(self, tmp_path, body, says):
+        path = tmp_path / "a.pt"
+        with zipfile.ZipFile(path, "w") as archive:
+            gigabytes = (3 << 30).to_bytes(8, "little")
+            call = b"X\x01\x00\x00\x00w" + body + b"\x8a\x08" + gigabytes + b"\x85R"
+            archive.writestr("a/data.pkl", b"\x80\x02}" + call + b"s.")
+            archive.writestr("a/version", "3\n")
+        with pytest.raises(UserError, match=says):
+            TorchFile(str(path))
 
     def test_sharded_tensors(self, tmp_path):
         # What a pickle of a DTensor asks for, without a process group to make one.
