@@ -30,7 +30,7 @@ test: setup ## run the tests (ARGS='-k name' goes to pytest)
 	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 lint: setup ## ruff, pyright, and notebooks without outputs
-	@$(BIN)/ruff check . && $(BIN)/pyright && $(BIN)/nbstripout --verify $(wildcard notebooks/*.ipynb)
+	@$(BIN)/ruff check . && $(BIN)/pyright && $(BIN)/nbstripout --keep-id --verify $(wildcard notebooks/*.ipynb)
 
 lab: setup ## open JupyterLab on the kernel that the figures use
 	@JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) notebooks

@@ -48,7 +48,7 @@ def test_pyright() -> None:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_are_committed_without_outputs(notebook: Path) -> None:
-    quiet("nbstripout", "--verify", str(notebook))
+    quiet("nbstripout", "--keep-id", "--verify", str(notebook))
 
 
 def test_files_can_be_read_in_one_go() -> None:
