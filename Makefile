@@ -8,8 +8,9 @@ BIN := .venv/bin
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_NUM_THREADS ?= 1
 
+IN_RANGE = 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3 python; do \
-	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	"$$p" -c $(IN_RANGE) 2>/dev/null \
 	&& { echo "$$p"; break; }; done
 
 help: ## list the targets
@@ -18,6 +19,7 @@ help: ## list the targets
 setup: ## build .venv from constraints.txt (PYTHON=... chooses the interpreter)
 	@py='$(PYTHON)'; if [ -n "$$py" ]; then exact=--exact; else py=$$($(FIND_PYTHON)); fi; \
 	if [ -z "$$py" ]; then echo "No Python 3.11, 3.12 or 3.13 was found: install one, or name it by 'make setup PYTHON=/path/to/python3.11'." >&2; exit 1; fi; \
+	if ! "$$py" -c $(IN_RANGE) 2>/dev/null; then echo "$$py is no Python 3.11, 3.12 or 3.13: name one by 'make setup PYTHON=/path/to/python3.11'." >&2; exit 1; fi; \
 	"$$py" tools/setup_env.py $$exact
 
 figures: setup ## draw what is stale into results/figures (FIG=fig1  FORCE=1  PARAMS='a=1 b=2'  LIST=1)

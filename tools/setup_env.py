@@ -21,7 +21,6 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".stamp"
 EXTRAS = "torch,notebooks,formats,hub,bench,dev"
-VERSIONS = ((3, 11), (3, 13))
 
 
 def recipe_hash() -> str:
@@ -92,12 +91,6 @@ def build() -> None:
 
 
 def main() -> None:
-    lowest, highest = VERSIONS
-    if not lowest <= sys.version_info[:2] <= highest:
-        sys.exit(
-            f"{sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, but "
-            "mla_study needs 3.11, 3.12 or 3.13: give one by `make setup PYTHON=python3.11`."
-        )
     VENV.mkdir(exist_ok=True)
     with (ROOT / ".venv" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
