@@ -105,6 +105,7 @@ def make_checkout(tmp_path: Path) -> Callable[[str], Checkout]:
         checkout = Checkout(tmp_path / name)
         for folder in ("notebooks", "analysis", "results/data/line"):
             (checkout.root / folder).mkdir(parents=True)
+        (checkout.root / "analysis" / "__init__.py").write_text("")
         (checkout.root / "results/data/line/table.csv").write_text("x\n1\n")
         return checkout
 
