@@ -32,6 +32,8 @@ from mla_study.probes.spectrum import (
 
 NullModel = dict[str, tuple[float, float]]
 
+_LOOSE_TAIL = 1e-7  # a Gram's value there is good to a percent, far below the spread of draws
+
 
 def gaussian_null(
     m: int,
@@ -47,7 +49,7 @@ def gaussian_null(
     Edelman 2002, section III, beta = 1): no m x n matrix is made. 0.7 CPU-s at N = 1536.
 
     Args:
-        m, n: shape; ``energy_at_n/8`` reads at n / 8.
+        m, n: shape; ``energy_at_n/8`` reads at min(m, n) / 8.
         seed: with m and n, all that determines the draws.
         draws: number of samples, at least 2; None: 32, fewer for N > 1024.
 
@@ -71,7 +73,7 @@ def _gaussian(
         above = np.sqrt(rng.chisquare(np.arange(small - 1, 0, -1)))
         return _bidiagonal_singular_values(diagonal, above)
 
-    return _sample(draw, draws, n, ks, taus)
+    return _sample(draw, draws, small, ks, taus)
 
 
 def _bidiagonal_singular_values(diagonal: np.ndarray, above: np.ndarray) -> np.ndarray:
@@ -132,7 +134,7 @@ def marchenko_pastur(
     values = [
         *(rank for rank in ranks for _ in range(2)),
         *(energy(k) for k in ks),
-        energy(n / 8),
+        energy(small / 8),
         small / (1 + root) ** 2,
         small * np.exp(-c / 2),
         small / (1 + c),
@@ -159,7 +161,7 @@ def gaussian_product_null(
     O(r^3) whatever m and n are.
 
     Args:
-        m, r, n: shapes; ``energy_at_n/8`` reads at n / 8.
+        m, r, n: shapes; ``energy_at_n/8`` reads at min(m, n) / 8, whatever r is.
         gain: the gains of a norm that stands between the factors, [r]; None is 1.
         seed, draws: as in :func:`gaussian_null`.
 
@@ -194,7 +196,7 @@ def _product(
             up *= scale
         return singular_values([up @ _triangular_factor(rng, n, r).T])[0]
 
-    return _sample(draw, draws, n, ks, taus)
+    return _sample(draw, draws, min(m, n), ks, taus)
 
 
 def _triangular_factor(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
@@ -224,10 +226,8 @@ def weighted_gaussian_null(
     Raises:
         ValueError: m below 1, draws below 2, eigenvalues empty, not finite, or all zero.
     """
-    eigenvalues = np.sort(np.asarray(covariance_eigenvalues, dtype=np.float64))[::-1]
+    eigenvalues = _checked_eigenvalues(covariance_eigenvalues)
     _check_sizes(draws, m, eigenvalues.size)
-    if not np.isfinite(eigenvalues).all() or eigenvalues[0] <= 0:
-        raise ValueError("the eigenvalues of a covariance must be finite and not all zero")
     count = _default_draws(2 * min(m, eigenvalues.size)) if draws is None else draws
     return dict(_weighted(m, eigenvalues.tobytes(), seed, count, tuple(ks), tuple(taus)))
 
@@ -236,18 +236,75 @@ def weighted_gaussian_null(
 def _weighted(
     m: int, eigenvalues: bytes, seed: int, draws: int, ks: tuple[int, ...], taus: tuple[float, ...]
 ) -> NullModel:
-    scale = np.sqrt(np.maximum(np.frombuffer(eigenvalues, dtype=np.float64), 0.0))
-    n = scale.size
-    rng = np.random.default_rng(np.random.SeedSequence([seed, m, n]))
-    return _sample(
-        lambda: singular_values([_triangular_factor(rng, m, n) * scale])[0], draws, n, ks, taus
-    )
+    scale, missing = _input_scale(m, eigenvalues)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, m, len(eigenvalues) // 8]))
+
+    def draw() -> np.ndarray:
+        factor = _triangular_factor(rng, m, scale.size) * scale
+        return np.pad(singular_values([factor], tail_ratio=_LOOSE_TAIL)[0], (0, missing))
+
+    return _sample(draw, draws, min(m, len(eigenvalues) // 8), ks, taus)
+
+
+def _input_scale(rank: int, eigenvalues: bytes) -> tuple[np.ndarray, int]:
+    """Square roots of a covariance's eigenvalues above rounding, and how many singular values of
+    a matrix of ``rank`` rows on such inputs are 0 for want of inputs."""
+    values = np.frombuffer(eigenvalues, dtype=np.float64)
+    kept = values[values > np.finfo(np.float64).eps * values.size * values[0]]
+    return np.sqrt(kept), max(min(rank, values.size) - kept.size, 0)
+
+
+def weighted_gaussian_product_null(
+    m: int,
+    r: int,
+    covariance_eigenvalues: Float64[np.ndarray, " n"],
+    seed: int = 0,
+    draws: int | None = None,
+    ks: Sequence[int] = DEFAULT_KS,
+    taus: Sequence[float] = DEFAULT_TAUS,
+) -> NullModel:
+    """Measures of A B C^(1/2) with iid Gaussian A [m, r] and B [r, n]: products on real inputs.
+
+    Args:
+        m, r: shapes.
+        covariance_eigenvalues: those of C [n], as in :func:`weighted_gaussian_null`.
+        seed, draws: as in :func:`gaussian_null`.
+
+    Raises:
+        ValueError: as :func:`weighted_gaussian_null`.
+    """
+    eigenvalues = _checked_eigenvalues(covariance_eigenvalues)
+    _check_sizes(draws, m, r, eigenvalues.size)
+    count = _default_draws(2 * min(m, r)) if draws is None else draws
+    return dict(_weighted_product(m, r, eigenvalues.tobytes(), seed, count, tuple(ks), tuple(taus)))
+
+
+@lru_cache(maxsize=256)
+def _weighted_product(
+    m: int,
+    r: int,
+    eigenvalues: bytes,
+    seed: int,
+    draws: int,
+    ks: tuple[int, ...],
+    taus: tuple[float, ...],
+) -> NullModel:
+    n = len(eigenvalues) // 8
+    scale, missing = _input_scale(min(m, r), eigenvalues)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, m, r, n]))
+
+    def draw() -> np.ndarray:
+        down = rng.standard_normal((r, scale.size)) * scale
+        factor = _triangular_factor(rng, m, r) @ down
+        return np.pad(singular_values([factor], tail_ratio=_LOOSE_TAIL)[0], (0, missing))
+
+    return _sample(draw, draws, min(m, n), ks, taus)
 
 
 def truncated_null(
     sigma_source: Float64[np.ndarray, " k"],
     rank: int,
-    n_columns: int,
+    full_rank: int,
     ks: Sequence[int] = DEFAULT_KS,
     taus: Sequence[float] = DEFAULT_TAUS,
 ) -> NullModel:
@@ -256,15 +313,23 @@ def truncated_null(
     Args:
         sigma_source: descending singular values of the source, in its own scale.
         rank: how many the cut keeps.
-        n_columns: n of ``energy_at_n/8``.
+        full_rank: min(m, n) of the operator, for ``energy_at_n/8``.
 
     Raises:
         ValueError: rank below 1, or an empty or non-finite spectrum.
     """
     if rank < 1:
         raise ValueError("a cut keeps at least one singular value")
-    values = measures(sigma_source[:rank], n_columns, ks, taus)
+    values = measures(sigma_source[:rank], full_rank, ks, taus)
     return {metric: (value, 0.0) for metric, value in values.items()}
+
+
+def _checked_eigenvalues(given: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """Descending; ValueError where they are none, not finite, or all zero."""
+    eigenvalues = np.sort(np.asarray(given, dtype=np.float64))[::-1]
+    if eigenvalues.size == 0 or not np.isfinite(eigenvalues).all() or eigenvalues[0] <= 0:
+        raise ValueError("the eigenvalues of a covariance must be finite and not all zero")
+    return eigenvalues
 
 
 def _check_sizes(draws: int | None, *sizes: int) -> None:
@@ -281,7 +346,7 @@ def _default_draws(size: int) -> int:
 def _sample(
     draw: Callable[[], np.ndarray],
     draws: int,
-    n_columns: int,
+    full_rank: int,
     ks: tuple[int, ...],
     taus: tuple[float, ...],
 ) -> NullModel:
@@ -290,7 +355,7 @@ def _sample(
         sigma = draw()
         norm = float(np.linalg.norm(sigma))
         rows.append(
-            list(measures(sigma / norm if norm > 0 else sigma, n_columns, ks, taus).values())
+            list(measures(sigma / norm if norm > 0 else sigma, full_rank, ks, taus).values())
         )
     table = np.array(rows)
     widen = np.sqrt(1 + 1 / draws)

@@ -118,15 +118,16 @@ def gram_singular_values(
     return np.sqrt(np.maximum(eigenvalues, 0.0))
 
 
-def needs_svd(sigma: Float64[np.ndarray, " k"]) -> bool:
-    """Whether a spectrum from a Gram reaches below TAIL_RATIO of its top, where the error shows."""
-    return bool(sigma.size and sigma[0] > 0 and sigma[-1] < TAIL_RATIO * sigma[0])
+def needs_svd(sigma: Float64[np.ndarray, " k"], tail_ratio: float = TAIL_RATIO) -> bool:
+    """Whether a spectrum from a Gram reaches below tail_ratio of its top, where the error shows."""
+    return bool(sigma.size and sigma[0] > 0 and sigma[-1] < tail_ratio * sigma[0])
 
 
 def singular_values(
     blocks: Sequence[Float[np.ndarray, "_ n"]],
     row_scale: Float[np.ndarray, " m"] | None = None,
     exact_tail: bool = False,
+    tail_ratio: float = TAIL_RATIO,
 ) -> tuple[Float64[np.ndarray, " k"], Method]:
     """Singular values of the row stack W [m, n] of the blocks.
 
@@ -134,10 +135,12 @@ def singular_values(
         blocks: row blocks [rows, n], float32 or float64, at least one, of equal width.
         row_scale: one factor a row of W [m]; None is 1.
         exact_tail: take ``svdvals`` for all values, as a condition number wants.
+        tail_ratio: where the Gram's tail is not trusted; it has an error of about
+            1e-15 / tail_ratio^2 there, relative to the value.
 
     Returns:
         sigma float64 [min(m, n)], descending, and the method: "gram" (eigenvalues of the smaller
-        Gram) or "svdvals" (asked for, or sigma_n / sigma_1 < TAIL_RATIO).
+        Gram) or "svdvals" (asked for, or sigma_n / sigma_1 < tail_ratio).
 
     Raises:
         ValueError: no rows or columns, blocks of unequal width, NaN or Inf in W.
@@ -155,7 +158,7 @@ def singular_values(
         # Squares that left float64's range say nothing about W itself.
         if np.isfinite(diagonal).all() and (1e-250 < diagonal.max() < 1e250):
             sigma = gram_singular_values(square, min(m, n), overwrite=True)
-            if not needs_svd(sigma):
+            if not needs_svd(sigma, tail_ratio):
                 return sigma, "gram"
         del square
     tall = _stack(blocks, row_scale)
@@ -287,14 +290,14 @@ def participation_ratio(sigma: Float64[np.ndarray, " n"]) -> float:
     return float(square.sum() ** 2 / np.square(square).sum()) if square.sum() > 0 else float("nan")
 
 
-def condition(sigma: Float64[np.ndarray, " n"], n_columns: int | None = None) -> float:
+def condition(sigma: Float64[np.ndarray, " n"], full_rank: int | None = None) -> float:
     """sigma_1 / sigma_n; inf where sigma_n drowns in rounding, NaN for a zero matrix.
 
-    Rounding means eps max(len(sigma), n_columns) sigma_1, numpy's tolerance for a matrix rank.
+    Rounding means eps max(len(sigma), full_rank) sigma_1, numpy's tolerance for a matrix rank.
     """
     if sigma.size == 0 or not sigma[0] > 0:
         return float("nan")
-    floor = _EPS * max(sigma.size, n_columns or 0) * sigma[0]
+    floor = _EPS * max(sigma.size, full_rank or 0) * sigma[0]
     return float(sigma[0] / sigma[-1]) if sigma[-1] > floor else float("inf")
 
 
@@ -351,7 +354,7 @@ METRICS: tuple[str, ...] = metric_names()
 
 def measures(
     sigma: Float64[np.ndarray, " k"],
-    n_columns: int,
+    full_rank: int,
     ks: Sequence[int] = DEFAULT_KS,
     taus: Sequence[float] = DEFAULT_TAUS,
 ) -> dict[str, float]:
@@ -359,7 +362,8 @@ def measures(
 
     Args:
         sigma: descending singular values.
-        n_columns: n of ``energy_at_n/8``, which reads the energy curve at k = n_columns / 8.
+        full_rank: min(m, n) of the operator, n of ``energy_at_n/8``: the energy curve at
+            k = full_rank / 8, linear between integers. A product of smaller rank has fewer sigma.
         ks, taus: where the energy curve is read, and the energies whose ranks are wanted.
 
     Returns:
@@ -381,12 +385,12 @@ def measures(
         ]
     values += [energy_at(curve, k) for k in ks]
     values += [
-        energy_at(curve, n_columns / 8),
+        energy_at(curve, full_rank / 8),
         stable_rank(sigma),
         entropy_rank(sigma),
         participation_ratio(sigma),
         float(sigma[0]),
-        condition(sigma, n_columns),
+        condition(sigma, full_rank),
         tail_exponent(sigma),
     ]
     return dict(zip(metric_names(ks, taus), values, strict=True))

@@ -15,6 +15,7 @@ from mla_study.probes.nulls import (
     marchenko_pastur,
     truncated_null,
     weighted_gaussian_null,
+    weighted_gaussian_product_null,
 )
 from mla_study.probes.spectrum import METRICS, measures
 
@@ -69,6 +70,32 @@ def test_weighted_sampling_is_that_of_weighted_matrices(m: int, seed: int) -> No
     matrices = rng.standard_normal((4000, m, 5)) @ (basis * np.sqrt(eigenvalues) @ basis.T)
     null = weighted_gaussian_null(m, eigenvalues, seed % 2**31, DRAWS, ks=(1, 2))
     _agrees_with(matrices, null)
+
+
+@pytest.mark.parametrize(("m", "r", "n"), [(6, 3, 4), (2, 4, 5), (5, 4, 2)])
+def test_weighted_products_are_those_of_real_inputs(m: int, r: int, n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    eigenvalues = rng.uniform(0.1, 4, n)
+    matrices = rng.standard_normal((4000, m, r)) @ rng.standard_normal((4000, r, n))
+    null = weighted_gaussian_product_null(m, r, eigenvalues, seed % 2**31, DRAWS, ks=(1, 2))
+    _agrees_with(matrices * np.sqrt(eigenvalues), null)
+
+
+def test_directions_without_input_are_zeros_of_the_weighted_nulls() -> None:
+    eigenvalues = np.array([3.0, 2.0, 1.0, 1e-18, 0.0, -1e-17])
+    few = np.array([3.0, 2.0, 1.0])
+    for null, same in (
+        (weighted_gaussian_null(20, eigenvalues), weighted_gaussian_null(20, few)),
+        (
+            weighted_gaussian_product_null(20, 5, eigenvalues),
+            weighted_gaussian_product_null(20, 5, few),
+        ),
+    ):
+        assert null["energy_at_64"] == (1.0, 0.0)
+        assert null["r_0.999"][0] <= 3
+        assert np.isnan(null["condition"]).all()
+        assert abs(null["stable_rank"][0] - same["stable_rank"][0]) < 4 * same["stable_rank"][1]
+    assert weighted_gaussian_null(2, eigenvalues)["condition"][0] > 1
 
 
 @pytest.mark.parametrize(
@@ -148,7 +175,7 @@ def test_a_fresh_gaussian_matrix_is_not_remarkable(shape: tuple[int, int], seed:
     sigma = scipy.linalg.svdvals(np.random.default_rng(seed).standard_normal(shape))
     null = gaussian_null(m, n)
     scores = []
-    for metric, value in measures(sigma / np.linalg.norm(sigma), n).items():
+    for metric, value in measures(sigma / np.linalg.norm(sigma), min(m, n)).items():
         mean, se = null[metric]
         if se == 0:
             assert value == pytest.approx(mean, abs=1e-12)
@@ -206,6 +233,7 @@ def test_tiny_shapes(m: int, n: int, recwarn: pytest.WarningsRecorder) -> None:
         gaussian_product_null(m, 1, n),
         gaussian_product_null(m, 5, n),
         weighted_gaussian_null(m, np.arange(1.0, n + 1)),
+        weighted_gaussian_product_null(m, 3, np.arange(1.0, n + 1)),
     ):
         assert tuple(null) == METRICS
         assert all(null[f"r_{tau}"][1] > 0.28 for tau in ("0.5", "0.99"))
@@ -249,5 +277,7 @@ def test_nulls_refuse_what_has_no_meaning() -> None:
         gaussian_product_null(3, 2, 3, gain=np.array([1.0, np.nan]))
     with pytest.raises(ValueError, match="covariance"):
         weighted_gaussian_null(3, np.zeros(4))
+    with pytest.raises(ValueError, match="covariance"):
+        weighted_gaussian_product_null(3, 2, np.array([1.0, np.nan]))
     with pytest.raises(ValueError, match="at least one"):
         truncated_null(np.ones(3), 0, 3)

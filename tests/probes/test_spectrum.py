@@ -246,7 +246,7 @@ def test_hand_computed_measures() -> None:
     assert participation_ratio(sigma) == pytest.approx(36 / 18)
     p = np.array([4, 1, 1]) / 6
     assert entropy_rank(sigma) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
-    got = measures(sigma, n_columns=10, ks=(1, 3, 7), taus=(0.7,))
+    got = measures(sigma, full_rank=10, ks=(1, 3, 7), taus=(0.7,))
     assert got["energy_at_1"] == pytest.approx(4 / 6)
     assert got["energy_at_3"] == got["energy_at_7"] == 1.0
     assert got["energy_at_n/8"] == pytest.approx(4 / 6 + 0.25 / 6)
@@ -344,13 +344,13 @@ def test_tail_exponent_of_nothing_to_fit() -> None:
 
 @pytest.mark.assets
 @pytest.mark.parametrize(
-    ("file", "names", "n", "energy"),
+    ("file", "names", "full", "energy"),
     [
         ("minilm_l6", "encoder.layer.{}.attention.self.{}.weight key value", 384, 0.446),
         ("smollm2_135m_kv_q4dequant", "blk.{}.attn_{}.weight k v", 384, 0.448),
     ],
 )
-def test_real_joint_spectra(assets: Path, file: str, names: str, n: int, energy: float) -> None:
+def test_real_joint_spectra(assets: Path, file: str, names: str, full: int, energy: float) -> None:
     from safetensors import safe_open
 
     path = next((assets / "weights").glob(f"{file}*.safetensors"))
@@ -366,6 +366,6 @@ def test_real_joint_spectra(assets: Path, file: str, names: str, n: int, energy:
             want = scipy.linalg.svdvals(np.concatenate(blocks).astype(np.float64))
             assert _within_contract(sigma, want)
             assert all(effective_rank(sigma, t) == effective_rank(want, t) for t in DEFAULT_TAUS)
-            found.append(measures(sigma, n)["energy_at_n/8"])
+            found.append(measures(sigma, full)["energy_at_n/8"])
             layer += 1
     assert np.median(found) == pytest.approx(energy, abs=1e-3)
