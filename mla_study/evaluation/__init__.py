@@ -1,0 +1,1 @@
+"""Measuring the toolkit itself and what it produces: speed, memory, scores."""
