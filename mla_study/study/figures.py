@@ -142,7 +142,7 @@ class _Runner:
             codes = list(pool.map(self._draw, self._stale))
         except KeyboardInterrupt:
             self._stop()
-            _print(
+            self._print(
                 f"Interrupted: {self._done} of {len(self._stale)} figures were drawn, "
                 "the others are as they were; the same command goes on."
             )

@@ -134,8 +134,9 @@ def select(figures: Sequence[Figure], names: Iterable[str]) -> list[Figure]:
         fits = fits or [f for f in figures if f.id.startswith(name)]
         if not fits:
             ids = [figure.id for figure in figures]
+            short = [figure.id.partition("_")[0] for figure in figures]
             raise UserError(
-                f"There is no figure {name!r}{_nearest(name, ids)}: "
+                f"There is no figure {name!r}{_nearest(name, [*ids, *short])}: "
                 f"choose from {', '.join(ids) or 'none, as notebooks/ holds none'}."
             )
         chosen.update((figure.id, figure) for figure in fits)

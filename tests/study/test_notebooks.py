@@ -45,6 +45,8 @@ def test_selection_by_id_and_by_its_beginning(checkout: Checkout) -> None:
     assert ids("fig10", "fig1_l") == ["fig10_line", "fig1_line"]
     with pytest.raises(UserError, match=r"did you mean fig1_other\?.*choose from fig1_line"):
         ids("fig1_othr")
+    with pytest.raises(UserError, match=r"did you mean fig10?\?"):
+        ids("fgi1")
 
 
 @pytest.mark.parametrize(
