@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,15 @@ def quiet(*command: str) -> None:
         [str(BIN / command[0]), *command[1:]], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As at a prompt, even where the tests themselves were started by make."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    environment.pop("MFLAGS", None)
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 def test_ruff() -> None:
@@ -119,7 +129,7 @@ def test_constraints_pin_each_requirement_by_name_only() -> None:
 def test_make_help_lists_every_target_with_one_line() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.*)$", text, re.M).group(1).split())  # type: ignore[union-attr]
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = make("help")
     lines = done.stdout.splitlines()
     assert {line.split()[1] for line in lines} == targets
     assert all(len(line.split()) > 3 and len(line) < 110 for line in lines)
@@ -140,11 +150,6 @@ def test_the_wheel_holds_the_package_and_its_style_only(tmp_path: Path) -> None:
 
 
 def test_a_python_out_of_range_is_refused_in_a_sentence() -> None:
-    done = subprocess.run(
-        ["make", "setup", "PYTHON=/nonexistent/python3.11"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = make("setup", "PYTHON=/nonexistent/python3.11")
     assert done.returncode != 0
     assert "is no Python 3.11, 3.12 or 3.13" in done.stderr
