@@ -1,4 +1,4 @@
-"""The two commands, ``rank-probe`` and ``mla-study``: each subcommand is a thin call into the library.
+"""The two commands, ``rank-probe`` and ``mla-study``: each subcommand is a thin call.
 
 Nothing heavy is imported before a subcommand runs, so that ``--help`` answers at once.
 """
@@ -37,11 +37,13 @@ class RankProbe:
     list_operators: Annotated[bool, tyro.conf.arg(name="list")] = False
     """Print what was found and what was left out, and why; measure nothing."""
     operators: str = "kv,k,v,composed"
-    """Comma-separated: q k v o, joint kv and qkv, per-head qk (W_Q^T W_K) and ov (W_O W_V), composed (of latent attention)."""
+    """Comma-separated: q k v o, joint kv and qkv, per-head qk (W_Q^T W_K) and ov (W_O W_V),
+    composed (of latent attention)."""
     gauge: Literal["raw", "balanced", "folded"] = "raw"
     """Scale of the joint operator that the printed table shows; the result holds all three."""
     metrics: str = ""
-    """Comma-separated names or patterns to keep (default: all); naming condition takes the tail from svdvals."""
+    """Comma-separated names or patterns to keep (default: all); naming condition takes every
+    spectrum from svdvals."""
     heads: int | None = None
     """Query heads, where neither config nor qk-norm says it (for qk and ov)."""
     kv_heads: int | None = None
@@ -51,23 +53,28 @@ class RankProbe:
     layers: int | None = None
     """Number of blocks that should be there; a missing one is named."""
     map: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """'REGEX -> role' for tensors whose names say nothing, such as 'mixer\\.(\\d+)\\.key -> k' (cross.k for cross-attention)."""
+    """'REGEX -> role' for tensors whose names say nothing, such as
+    'mixer\\.(\\d+)\\.key -> k' (cross.k for cross-attention); repeat for each role."""
     weights: str | None = None
     """Which dictionary of a PyTorch file, such as generator_ema."""
     base: str | None = None
-    """Dense checkpoint that a LoRA file is merged into; without it the adapter's own product is probed."""
+    """Dense checkpoint that a LoRA file is merged into; without it the adapter's own product is
+    probed."""
     covariance: str | None = None
-    """Input covariances (safetensors, see mla_study.probes.activations): adds the weighted gauges."""
+    """Input covariances (safetensors, see mla_study.probes.activations): adds the weighted gauges
+    and the functional errors."""
     source: str | None = None
     """Dense checkpoint whose cut spectrum is a further null of composed operators."""
     compare: tuple[str, str] | None = None
     """Two checkpoints: principal angles and overlap of their row spaces, layer by layer."""
     series: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Checkpoints along training, quoted: 'run/step_*.safetensors' or 'svd=DIR/*'; repeat for a second series."""
+    """Checkpoints along training, quoted: 'run/step_*.safetensors' or 'svd=DIR/*'; repeat for a
+    second series."""
     step_regex: str | None = None
     """How to read the step from a path of a series (first group)."""
     out: Path | None = None
-    """Folder for table.parquet, spectra.parquet and run.json; the same command goes on after an interruption."""
+    """Folder for table.parquet, spectra.parquet and run.json; the same command goes on after an
+    interruption."""
     plot: Path | None = None
     """Draw energy curves and ranks into this .pdf, .png or .svg."""
     json: bool = False
@@ -83,22 +90,18 @@ class RankProbe:
         """Probe, report, and return the exit code."""
         from mla_study.probes.rank_probe import Options
         from mla_study.study import probe_report
-        from mla_study.study.demo import resolve
         from mla_study.study.probe_plots import check_plot_path, plot_probe, writable
         from mla_study.study.probing import Job, execute, list_operators, print_json
 
-        job = Job(
-            tuple(resolve(p) for p in self.paths),
-            self.series,
-            self.step_regex,
-            None if self.compare is None else (resolve(self.compare[0]), resolve(self.compare[1])),
-        )
+        if self.json and self.csv:
+            raise UserError("--json and --csv both want stdout: give one, and --out for the tables")
+        job = Job(self.paths, self.series, self.step_regex, self.compare)
         options = Options(
             operators=_words(self.operators),
             metrics=_words(self.metrics),
-            heads=_at_least_one("--heads", self.heads),
-            kv_heads=_at_least_one("--kv-heads", self.kv_heads),
-            layers=_at_least_one("--layers", self.layers),
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            layers=self.layers,
             config=self.config,
             weights=self.weights,
             base=self.base,
@@ -107,6 +110,7 @@ class RankProbe:
             source=self.source,
             seed=self.seed,
         )
+        workers = _at_least_one("--workers", self.workers)
         if self.plot is not None:
             check_plot_path(self.plot)
             writable(self.plot)
@@ -117,7 +121,6 @@ class RankProbe:
             else:
                 print(probe_report.listing(reports))
             return 0
-        workers = _at_least_one("--workers", self.workers)
         probed, run = execute(job, options, self.out, workers)
         if self.plot is not None:
             plot_probe(probed.table, probed.spectra, self.plot, self.gauge, run)
@@ -259,7 +262,9 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        message = str(error).strip()
+        from mla_study.probes.names import redact
+
+        message = " ".join(redact(str(error)).split())
         print(f"{prog}: {message}{'' if message.endswith('.') else '.'}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:

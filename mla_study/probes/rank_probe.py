@@ -1,47 +1,78 @@
 """The walk over checkpoints: every attention operator, its spectrum, its measures, their nulls.
 
-One tidy table comes out (:data:`COLUMNS`), a row for each operator, gauge, metric and null model, and
-a second one with the singular values themselves (:data:`SPECTRA_COLUMNS`).
+One tidy table comes out (:data:`~mla_study.probes.table.COLUMNS`), a row for each operator, gauge,
+metric and null model, and a second one with the singular values themselves.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mla_study.checkpoints.operators import Attention, Found, find_operators
-from mla_study.checkpoints.reader import OpenSpec, open_checkpoint
+from mla_study.checkpoints.reader import Checkpoint, OpenSpec, open_checkpoint
 from mla_study.checkpoints.roles import parse_map
 from mla_study.errors import UserError
-from mla_study.probes.layer import DEFAULT_OPERATORS, GAUGES, OPERATORS, Request
-from mla_study.probes.spectrum import METRICS
-from mla_study.probes.table import COLUMNS, SPECTRA_COLUMNS, Rows, Source, typed
-from mla_study.probes.work import Item, Measured, Store, run
+from mla_study.probes.covariance import covariances_of
+from mla_study.probes.layer import DEFAULT_OPERATORS, OPERATORS, Request, unavailable
+from mla_study.probes.names import public_name, redact
+from mla_study.probes.spectrum import DEFAULT_KS, METRICS
+from mla_study.probes.stacks import GAUGES
+from mla_study.probes.table import COLUMNS, SPECTRA_COLUMNS, Rows, Source, table_of, typed
+from mla_study.probes.work import Item, Store, identity, keep_open, load, run
 
 if TYPE_CHECKING:
     import pandas as pd
+
+__all__ = [
+    "COLUMNS",
+    "SPECTRA_COLUMNS",
+    "UNITS",
+    "Options",
+    "Probed",
+    "Report",
+    "depth_note",
+    "inspect",
+    "probe_sources",
+]
 
 UNITS = {
     "r_*": "singular values (count)",
     "energy_at_*": "fraction of the squared Frobenius norm",
     "functional_error_at_*": "relative RMS error of the output",
-    "overlap_*": "fraction of the subspace dimension",
+    "overlap*": "fraction of the subspace dimension",
     "principal_angle_*": "radians",
-    "spectral_norm": "units of the weights",
+    "stable_rank": "singular values (count)",
+    "entropy_rank": "singular values (count)",
+    "participation_ratio": "singular values (count)",
+    "spectral_norm": "units of the operator in its gauge",
+    "condition": "ratio",
+    "tail_exponent": "exponent",
     "null_se": "units of the metric (standard deviation of one random matrix)",
-    "sigma": "units of the weights",
+    "sigma": "units of the operator in its gauge",
 }
+WEIGHTED_METRICS = tuple(f"functional_error_at_{k}" for k in (*DEFAULT_KS, "n/8"))
+_OTHER_METRICS = ("overlap", "principal_angle")
+
+
+def _words(given: str | Iterable[str]) -> tuple[str, ...]:
+    text = given if isinstance(given, str) else " ".join(given)
+    return tuple(dict.fromkeys(text.replace(",", " ").split()))
 
 
 @dataclass(frozen=True)
 class Options:
-    """All that decides what a probe measures."""
+    """All that decides what a probe measures; lists may be given as 'kv,k' too.
+
+    Raises:
+        UserError: an unknown operator, gauge or metric, or a count below 1.
+    """
 
     operators: tuple[str, ...] = DEFAULT_OPERATORS
     gauges: tuple[str, ...] = GAUGES
@@ -58,32 +89,45 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, given, known in (
-            ("operator", self.operators, OPERATORS),
-            ("gauge", self.gauges, GAUGES),
-        ):
-            for value in given:
-                if value not in known:
-                    raise UserError(f"there is no {name} {value!r}: choose from {', '.join(known)}")
+        for name, known in (("operators", OPERATORS), ("gauges", GAUGES)):
+            words = _words(getattr(self, name))
+            object.__setattr__(self, name, words)
+            if not words:
+                raise UserError(f"no {name} are named: choose from {', '.join(known)}")
+            for word in words:
+                if word not in known:
+                    one = name.removesuffix("s")
+                    raise UserError(f"there is no {one} {word!r}: choose from {', '.join(known)}")
+        object.__setattr__(self, "metrics", _words(self.metrics))
         for pattern in self.metrics:
-            if not fnmatch.filter(METRICS, pattern) and not pattern.startswith("functional_error"):
+            if not fnmatch.filter(METRICS + WEIGHTED_METRICS, pattern) and not pattern.startswith(
+                _OTHER_METRICS
+            ):
                 raise UserError(
                     f"no metric is called {pattern!r}: choose from {', '.join(METRICS)}"
                 )
+        for name in ("heads", "kv_heads", "layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}, but it must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"the seed is {self.seed}, but it must not be negative")
 
     @property
     def request(self) -> Request:
         """What each block is asked for; a condition number asked for by name wants ``svdvals``."""
-        return Request(self.operators, self.gauges, exact_tail="condition" in self.metrics)
+        named = [p for p in self.metrics if p.startswith("cond")]
+        exact = any(fnmatch.fnmatchcase("condition", pattern) for pattern in named)
+        return Request(self.operators, self.gauges, exact_tail=exact)
 
     def wants(self, metric: str) -> bool:
         """Whether a metric belongs into the table."""
-        return not self.metrics or any(fnmatch.fnmatch(metric, p) for p in self.metrics)
+        return not self.metrics or any(fnmatch.fnmatchcase(metric, p) for p in self.metrics)
 
 
 @dataclass
 class Report:
-    """What was found in one checkpoint."""
+    """What was found in one checkpoint, and sentences about it."""
 
     source: Source
     format: str
@@ -94,33 +138,33 @@ class Report:
 
 @dataclass
 class Probed:
-    """Tables of a probe, and what the run record needs."""
+    """Tables of a probe, and what the run record needs.
+
+    ``inputs`` is the sha256 over the values read from each checkpoint, by label; ``planned`` what
+    was measured, in the order of the table.
+    """
 
     table: pd.DataFrame
     spectra: pd.DataFrame
     reports: list[Report]
     inputs: dict[str, str]
     bytes_read: int = 0
-    bases: dict[Source, dict[tuple[int, str, str], np.ndarray]] = field(default_factory=dict)
+    planned: list[tuple[Source, Item]] = field(default_factory=list)
+    extra_notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of_rows(
         cls,
         rows: Sequence[tuple[Any, ...]],
         reports: list[Report],
-        digests: Mapping[str, Sequence[str]],
+        digests: Digests,
         bytes_read: int,
     ) -> Probed:
         """From ready rows of a comparison, without spectra."""
         import pandas as pd
 
-        return cls(
-            typed(pd.DataFrame(list(rows), columns=list(COLUMNS))),
-            typed(pd.DataFrame(columns=list(SPECTRA_COLUMNS))),
-            reports,
-            _digest(digests),
-            bytes_read,
-        )
+        empty = typed(pd.DataFrame(columns=list(SPECTRA_COLUMNS)))
+        return cls(table_of(rows), empty, reports, digests.hashed(), bytes_read)
 
     @property
     def validity(self) -> str:
@@ -131,7 +175,22 @@ class Probed:
     def notes(self) -> list[str]:
         """Sentences for the summary, each once."""
         lines = [line for r in self.reports for line in (*r.notes, *depth_note(r))]
-        return list(dict.fromkeys(lines))
+        return [redact(line) for line in dict.fromkeys(lines + self.extra_notes)]
+
+
+class Digests(dict[str, list[str]]):
+    """Label -> lines of tensor and sha256."""
+
+    def add(self, label: str, digests: Mapping[str, str]) -> None:
+        """Remember what a block read."""
+        self.setdefault(label, []).extend(f"{name} {value}" for name, value in digests.items())
+
+    def hashed(self) -> dict[str, str]:
+        """One sha256 a label, whatever the order of the lines."""
+        return {
+            label: hashlib.sha256("\n".join(sorted(set(lines))).encode()).hexdigest()
+            for label, lines in self.items()
+        }
 
 
 def depth_note(report: Report) -> list[str]:
@@ -140,22 +199,35 @@ def depth_note(report: Report) -> list[str]:
     have = sum(a.kind == "self" for a in found.attentions)
     cross = len(found.attentions) - have
     kinds = f"{have} self-attention" + (f" and {cross} cross-attention" if cross else "")
+    plural = "block" if len(found.attentions) == 1 else "blocks"
+    lead = f"{report.source.label}: {kinds} {plural} found"
     if found.expected_layers is None:
-        return [f"{report.source.label}: {kinds} blocks found; no config to compare with."]
+        return [f"{lead}; no config to compare with."]
+    expected = f"{lead}, {found.expected_layers} layers expected"
     if not found.missing_layers:
-        return [
-            f"{report.source.label}: {kinds} blocks found, {found.expected_layers} layers expected."
-        ]
+        return [f"{expected}."]
     missing = ", ".join(map(str, found.missing_layers))
     plural = "blocks" if len(found.missing_layers) > 1 else "block"
-    return [
-        f"{report.source.label}: {kinds} blocks found, {found.expected_layers} layers expected: "
-        f"{plural} {missing} missing."
-    ]
+    return [f"{expected}: {plural} {missing} missing."]
 
 
-def inspect(source: Source, options: Options) -> tuple[Report, OpenSpec, str, int]:
-    """Open a checkpoint and find its operators; nothing is measured."""
+class Inspected(NamedTuple):
+    """An open checkpoint and what was found in it."""
+
+    report: Report
+    checkpoint: Checkpoint
+
+    def item(self, attention: Attention, request: Request, **more: Any) -> Item:
+        """One of its blocks, to measure."""
+        return Item(self.checkpoint.spec, identity(self.checkpoint), attention, request, **more)
+
+
+def inspect(source: Source, options: Options) -> Inspected:
+    """Open a checkpoint and find its operators; nothing is measured. The caller closes it.
+
+    Raises:
+        UserError: it cannot be read, or holds no attention.
+    """
     spec = OpenSpec(source.path, options.weights, options.config, options.base)
     checkpoint = open_checkpoint(spec)
     try:
@@ -168,12 +240,30 @@ def inspect(source: Source, options: Options) -> tuple[Report, OpenSpec, str, in
         )
         names = {p.tensor for a in found.attentions for p in a.parts.values()}
         checkpoint.note_plain_fp8(sorted(names))
-        report = Report(
-            source, checkpoint.format, found, list(checkpoint.notes), checkpoint.config_path
-        )
-        return report, spec, checkpoint.fingerprint, checkpoint.bytes_read
-    finally:
+        notes = [*checkpoint.notes, *found.notes, *_cannot(source, options, checkpoint, found)]
+        config = checkpoint.config_path and public_name(checkpoint.config_path)
+        report = Report(source, checkpoint.format, found, [redact(n) for n in notes], config)
+    except BaseException:
         checkpoint.close()
+        raise
+    return Inspected(report, checkpoint)
+
+
+def _cannot(source: Source, options: Options, checkpoint: Checkpoint, found: Found) -> list[str]:
+    """Sentences about operators that were asked for and cannot be made."""
+    if set(options.operators) == set(DEFAULT_OPERATORS):
+        return []
+    reasons = Counter(
+        (op, reason)
+        for attention in found.attentions
+        for op, reason in unavailable(checkpoint, attention, options.operators).items()
+    )
+    blocks = len(found.attentions)
+    return [
+        f"{source.label}: {op} is not measured in {f'{count} of ' if count < blocks else ''}"
+        f"{blocks} {'block' if blocks == 1 else 'blocks'}: {reason}."
+        for (op, reason), count in reasons.items()
+    ]
 
 
 def probe_sources(
@@ -192,165 +282,135 @@ def probe_sources(
         store: where finished blocks are kept; a second run with the same one goes on there.
         workers: processes; None decides by the amount of arithmetic and the number of cores.
         progress: called with (blocks finished, blocks in all, bytes read so far).
-        subspaces: keep a basis of each block's row space in :attr:`Probed.bases`.
+        subspaces: keep a basis of each block's row space in the store too.
 
     Raises:
         UserError: any checkpoint that cannot be read, holds no attention, or holds NaN or Inf.
     """
-    planned: list[tuple[Source, Item]] = []
     request = replace(options.request, subspace=-1 if subspaces else 0)
+    dense = _Dense(options) if options.source is not None else None
+    planned: list[tuple[Source, Item]] = []
     reports: list[Report] = []
-    header_bytes = 0
+    seen = [0, dense.bytes_read if dense else 0]
     for source in sources:
-        report, spec, fingerprint, read = inspect(source, options)
-        header_bytes += read
-        reports.append(report)
-        covariances = _covariances(options, report)
-        for attention in report.found.attentions:
-            item = Item(spec, fingerprint, attention, request, covariances.get(id(attention)))
+        opened = inspect(source, options)
+        seen[1] += opened.checkpoint.bytes_read
+        reports.append(opened.report)
+        attentions = opened.report.found.attentions
+        covariances = covariances_of(options.covariance, attentions) if options.covariance else {}
+        for attention in attentions:
+            given = covariances.get((attention.layer, attention.kind))
+            item = opened.item(attention, request, covariance=given, seed=options.seed)
             planned.append((source, item))
-    seen = [0, header_bytes]
+        if dense is not None:
+            dense.check(source, attentions)
+        keep_open(opened.checkpoint)
+    items = [*(dense.items.values() if dense else ()), *(item for _, item in planned)]
 
     def tick(finished: int, read: int) -> None:
         seen[0] += finished
         seen[1] += read
         if progress:
-            progress(seen[0], len(planned), seen[1])
+            progress(seen[0], len(items), seen[1])
 
-    run([item for _, item in planned], store, workers, tick)
-    measured = [(source, item, store.load(item)) for source, item in planned]
-    if not any(m.spectra for _, _, m in measured):
+    run(items, store, workers, tick)
+    digests = Digests()
+    rows = Rows(options.wants, options.seed, dense.spectra(store, digests) if dense else {})
+    for source, item in planned:
+        measured = load(item, store)
+        digests.add(source.label, measured.digests)
+        rows.add(source, item.attention, measured)
+    if not rows.spectra:
         raise UserError(_no_spectra(options, reports))
-    truncated = _truncated(options, store, workers) if options.source else {}
-    rows = Rows(options.wants, options.seed, truncated)
-    for source, item, result in measured:
-        rows.add(source, item, result)
-    bases: dict[Source, dict[tuple[int, str, str], np.ndarray]] = {s: {} for s in sources}
-    for source, item, result in measured:
-        if result.basis is not None:
-            attention = item.attention
-            operator = "composed" if attention.latent else "kv"
-            bases[source][attention.layer, attention.kind, operator] = result.basis
-    return Probed(*rows.frames(), reports, _inputs(measured), seen[1], bases)
+    if not rows.table and not subspaces:
+        raise UserError(
+            f"no row has one of the metrics {', '.join(options.metrics)}: functional errors need "
+            "--covariance, overlaps --series or --compare"
+        )
+    return Probed(
+        *rows.frames(),
+        reports,
+        digests.hashed(),
+        seen[1],
+        planned,
+        _unused(options, dense, planned),
+    )
 
 
 def _no_spectra(options: Options, reports: list[Report]) -> str:
     attention = reports[0].found.attentions[0]
-    have = ", ".join(attention.parts)
-    needs_heads = {"qk", "ov"} & set(options.operators) and attention.heads is None
-    hint = "give --heads N" if needs_heads else "choose others with --operators"
+    asked = set(options.operators) & {"qk", "ov"}
+    hint = "choose others with --operators"
+    if asked and attention.heads is None and not attention.latent:
+        hint = "give --heads N"
     return (
-        f"{reports[0].source.path}: none of the operators {', '.join(options.operators)} can be "
-        f"made from {have} (block {attention.block!r}): {hint}"
+        f"{reports[0].source.label}: none of the operators {', '.join(options.operators)} in the "
+        f"gauges {', '.join(options.gauges)} can be made from {', '.join(attention.parts)} "
+        f"(block {attention.block!r}): {hint}"
     )
 
 
-def _inputs(measured: Iterable[tuple[Source, Item, Measured]]) -> dict[str, str]:
-    """sha256 over the values read from each checkpoint, by label."""
-    digests: dict[str, list[str]] = {}
-    for source, _, result in measured:
-        lines = digests.setdefault(source.label, [])
-        lines += [f"{name} {digest}" for name, digest in sorted(result.digests.items())]
-    return _digest(digests)
+def _unused(
+    options: Options, dense: _Dense | None, planned: Sequence[tuple[Source, Item]]
+) -> list[str]:
+    notes: list[str] = []
+    if dense is not None and not any(item.attention.latent for _, item in planned):
+        notes.append("--source is not used: no block has a composed operator.")
+    elif dense is not None:
+        layers = {i.attention.layer for _, i in planned if i.attention.latent}
+        if lacking := sorted(layers - set(dense.items)):
+            notes.append(f"{dense.label} has no dense layer {', '.join(map(str, lacking))}.")
+    bare = sum(item.covariance is None for _, item in planned)
+    if options.covariance is not None and bare:
+        notes.append(
+            f"{bare} of {len(planned)} blocks (cross-attention) have no covariance in "
+            f"{options.covariance}: they have no weighted gauges."
+        )
+    return notes
 
 
-def _digest(digests: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    return {
-        label: hashlib.sha256("\n".join(sorted(set(lines))).encode()).hexdigest()
-        for label, lines in digests.items()
-    }
+class _Dense:
+    """The dense source of ``--source``, whose cut spectrum is a null of composed operators."""
 
+    def __init__(self, options: Options) -> None:
+        assert options.source is not None
+        self.label = public_name(options.source)
+        asked = Options(
+            operators=("kv",),
+            gauges=("raw",),
+            heads=options.heads,
+            kv_heads=options.kv_heads,
+            maps=options.maps,
+        )
+        opened = inspect(Source(options.source, self.label), asked)
+        self.bytes_read = opened.checkpoint.bytes_read
+        self.items = {
+            a.layer: opened.item(a, asked.request)
+            for a in opened.report.found.attentions
+            if a.kind == "self" and not a.latent
+        }
+        keep_open(opened.checkpoint)
+        if not self.items:
+            raise UserError(f"{self.label} holds no dense self-attention: name the dense source")
 
-def _covariances(options: Options, report: Report) -> dict[int, tuple[str, str]]:
-    """For each block the (file, key) of its input covariance."""
-    if options.covariance is None:
-        return {}
-    from mla_study.probes.activations import load_covariance
-
-    held = load_covariance(options.covariance)
-    chosen: dict[int, tuple[str, str]] = {}
-    for attention in report.found.attentions:
-        key = covariance_key(held, attention)
-        role = "kv_down" if attention.latent else "k"
-        if key is None:
-            if attention.kind == "cross":
+    def check(self, source: Source, attentions: Sequence[Attention]) -> None:
+        """The composed operators of a checkpoint must have the inputs of the dense ones."""
+        for attention in attentions:
+            if not attention.latent or attention.layer not in self.items:
                 continue
-            some = ", ".join(list(held)[:4])
-            raise UserError(
-                f"{options.covariance} has no covariance for block {attention.block!r} "
-                f"(it has {some}): name its keys after the blocks or the projections"
-            )
-        if held[key].shape[0] != attention.parts[role].n:
-            raise UserError(
-                f"{options.covariance}: {key!r} is {list(held[key].shape)}, but block "
-                f"{attention.block!r} has {attention.parts[role].n} inputs"
-            )
-        chosen[id(attention)] = (options.covariance, key)
-    return chosen
+            mine = self.items[attention.layer].attention.parts["k"].n
+            theirs = attention.parts["kv_down"].n
+            if mine != theirs:
+                raise UserError(
+                    f"{self.label} has {mine} inputs in layer {attention.layer}, but "
+                    f"{source.label} has {theirs}: it is not its dense source"
+                )
 
-
-def covariance_key(held: Mapping[str, Any], attention: Attention) -> str | None:
-    """The key of a block's input covariance: a projection's name, the block's, or its number."""
-    roles = ("kv_down",) if attention.latent else ("k", "v", "q")
-    stems = [
-        attention.parts[r].tensor.removesuffix(".weight") for r in roles if r in attention.parts
-    ]
-    stems.append(attention.block)
-    for stem in stems:
-        for key in held:
-            if key == stem or key.endswith("." + stem) or stem.endswith("." + key):
-                return key
-    if attention.kind == "self":
-        n = attention.layer
-        for key in (str(n), f"layer.{n}", f"layers.{n}", f"blocks.{n}", f"layer_{n}"):
-            if key in held:
-                return key
-    return None
-
-
-def _truncated(options: Options, store: Store, workers: int | None) -> dict[int, np.ndarray]:
-    """Singular values of the dense source's [K; V] by layer (raw gauge)."""
-    assert options.source is not None
-    dense = Options(operators=("kv",), gauges=("raw",), heads=options.heads, maps=options.maps)
-    report, spec, fingerprint, _ = inspect(Source(options.source, options.source), dense)
-    chosen = [a for a in report.found.attentions if a.kind == "self" and not a.latent]
-    if not chosen:
-        raise UserError(f"{options.source} holds no dense self-attention: name the dense source")
-    items = [Item(spec, fingerprint, attention, dense.request) for attention in chosen]
-    run(items, store, workers)
-    return {item.attention.layer: store.load(item).spectra[0].sigma for item in items}
-
-
-def probe(
-    *paths: str | Path,
-    out: str | Path | None = None,
-    workers: int | None = 1,
-    **options: Any,
-) -> pd.DataFrame:
-    """Probe checkpoints and return the tidy table.
-
-    Args:
-        paths: files, indices, folders, ``hf://`` or ``https://`` addresses.
-        out: folder to keep finished blocks in while working, so that a run can be resumed.
-        workers: processes (default 1: everything happens in this one).
-        options: fields of :class:`Options`, such as ``operators=("kv",)`` or ``heads=12``.
-
-    Returns:
-        DataFrame with :data:`COLUMNS`, a row for each operator, gauge, metric and null.
-
-    Raises:
-        UserError: a sentence that names file, tensor and remedy.
-
-    Example::
-
-        from mla_study import probe
-        frame = probe("model.safetensors")
-    """
-    import tempfile
-
-    sources = [Source(str(p), str(p)) for p in paths]
-    if not sources:
-        raise UserError("probe() needs at least one path")
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(out) if out is not None else Path(folder))
-        return probe_sources(sources, Options(**options), store, workers).table
+    def spectra(self, store: Store, digests: Digests) -> dict[int, np.ndarray]:
+        """Singular values of [K; V] by layer, raw gauge."""
+        found: dict[int, np.ndarray] = {}
+        for layer, item in self.items.items():
+            measured = load(item, store)
+            digests.add(self.label, measured.digests)
+            found[layer] = measured.spectra[0].sigma
+        return found

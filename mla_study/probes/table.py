@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mla_study.checkpoints.operators import Attention
 from mla_study.probes import nulls
-from mla_study.probes.layer import Spectrum
-from mla_study.probes.work import Item, Measured
+from mla_study.probes.stacks import Spectrum
+from mla_study.probes.store import Measured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,11 +36,24 @@ COLUMNS = (
     "provenance",
 )
 SPECTRA_COLUMNS = (*COLUMNS[:8], "index", "sigma")
+KINDS = {
+    "layer": "int64",
+    "head": "int64",
+    "m": "int64",
+    "n": "int64",
+    "index": "int64",
+    "step": "Int64",
+    "value": "float64",
+    "null_value": "float64",
+    "null_se": "float64",
+    "sigma": "float64",
+}
+"""dtypes of the columns that are not text."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint to probe, and its place in a series along training."""
+    """One checkpoint to probe, what the tables call it, and its place in a series."""
 
     path: str
     label: str
@@ -49,7 +63,11 @@ class Source:
 
 @dataclass
 class Rows:
-    """Collects the rows of both tables; ``truncated`` holds a dense source's spectra by layer."""
+    """Collects the rows of both tables.
+
+    ``wants`` chooses metrics; ``seed`` is that of the nulls; ``truncated`` holds a dense source's
+    singular values of [K; V] by layer.
+    """
 
     wants: Callable[[str], bool]
     seed: int
@@ -57,9 +75,9 @@ class Rows:
     table: list[tuple[Any, ...]] = field(default_factory=list)
     spectra: list[tuple[tuple[Any, ...], np.ndarray]] = field(default_factory=list)
 
-    def add(self, source: Source, item: Item, measured: Measured) -> None:
-        attention = item.attention
-        for spectrum, metrics in zip(measured.spectra, measured.metrics, strict=True):
+    def add(self, source: Source, attention: Attention, measured: Measured) -> None:
+        """All rows of one block."""
+        for number, spectrum in enumerate(measured.spectra):
             place = (
                 source.label,
                 source.series,
@@ -70,98 +88,82 @@ class Rows:
                 spectrum.head,
                 spectrum.gauge,
             )
-            models = self._models(item, spectrum)
-            values = {**metrics, **functional_errors(spectrum, metrics)}
-            for metric, value in values.items():
-                if not self.wants(metric):
-                    continue
+            tail = (spectrum.m, spectrum.n, spectrum.method, "measured")
+            models = measured.nulls.get(number) or self._models(attention, spectrum)
+            values = {**measured.metrics[number], **functional_errors(spectrum)}
+            scale = float(np.sqrt(np.square(spectrum.sigma).sum()))
+            for metric in filter(self.wants, values):
                 for null, model in models.items():
-                    expected, se = null_of(model, metric, spectrum.sigma)
-                    self.table.append(
-                        (*place, metric, value, null, expected, se)
-                        + (spectrum.m, spectrum.n, spectrum.method, "measured")
-                    )
+                    factor = 1.0 if null == "truncated_source" else scale
+                    expected = null_of(model, metric, factor)
+                    self.table.append((*place, metric, values[metric], null, *expected, *tail))
             self.spectra.append((place, spectrum.sigma))
 
-    def _models(self, item: Item, spectrum: Spectrum) -> dict[str, nulls.NullModel]:
-        m, n, seed = spectrum.m, spectrum.n, self.seed
-        if spectrum.gauge.startswith("weighted"):
-            assert item.covariance is not None
-            eigenvalues = covariance_eigenvalues(*item.covariance)
-            draws = None if n <= 768 else 4
-            return {"gaussian": nulls.weighted_gaussian_null(m, eigenvalues, seed, draws)}
-        models = {"gaussian": nulls.gaussian_null(m, n, seed)}
+    def _models(self, attention: Attention, spectrum: Spectrum) -> dict[str, nulls.NullModel]:
+        m, n = spectrum.m, spectrum.n
+        models = {"gaussian": nulls.gaussian_null(m, n, self.seed)}
         if spectrum.inner is not None:
-            models["gaussian_product"] = nulls.gaussian_product_null(m, spectrum.inner, n, seed)
-            sigma = self.truncated.get(item.attention.layer)
-            if spectrum.operator == "composed" and sigma is not None:
-                models["truncated_source"] = nulls.truncated_null(sigma, spectrum.inner, n)
+            models["gaussian_product"] = nulls.gaussian_product_null(
+                m, spectrum.inner, n, self.seed
+            )
+            sigma = self.truncated.get(attention.layer)
+            dense = attention.kind == "self" and spectrum.operator == "composed"
+            if dense and sigma is not None:
+                models["truncated_source"] = nulls.truncated_null(
+                    sigma, spectrum.inner, spectrum.full_rank
+                )
         return models
 
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The table (:data:`COLUMNS`) and the singular values (:data:`SPECTRA_COLUMNS`)."""
         import pandas as pd
 
-        table = pd.DataFrame(self.table, columns=list(COLUMNS))
         lengths = [len(sigma) for _, sigma in self.spectra]
-        spectra = pd.DataFrame(
-            {
-                name: np.repeat(np.array([p[i] for p, _ in self.spectra], dtype=object), lengths)
-                for i, name in enumerate(SPECTRA_COLUMNS[:8])
-            }
-        )
-        spectra["index"] = np.concatenate([np.arange(1, k + 1) for k in lengths])
-        spectra["sigma"] = np.concatenate([sigma for _, sigma in self.spectra])
-        return typed(table), typed(spectra)
+        columns: dict[str, Any] = {
+            name: np.repeat(np.array([p[i] for p, _ in self.spectra], dtype=object), lengths)
+            for i, name in enumerate(SPECTRA_COLUMNS[:8])
+        }
+        columns["index"] = np.concatenate([np.arange(1, k + 1) for k in lengths])
+        columns["sigma"] = np.concatenate([sigma for _, sigma in self.spectra])
+        return table_of(self.table), typed(pd.DataFrame(columns))
+
+
+def table_of(rows: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
+    """Rows in the order of :data:`COLUMNS` as a frame with their dtypes."""
+    import pandas as pd
+
+    return typed(pd.DataFrame(list(rows), columns=list(COLUMNS)))
 
 
 def typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with one dtype a column, whatever its rows were."""
-    kinds = {
-        "layer": "int64",
-        "head": "int64",
-        "m": "int64",
-        "n": "int64",
-        "index": "int64",
-        "step": "Int64",
-        "value": "float64",
-        "null_value": "float64",
-        "null_se": "float64",
-        "sigma": "float64",
-    }
-    return frame.astype({c: kinds.get(c, "str") for c in frame.columns})
+    """The frame with the dtypes of :data:`KINDS`, text elsewhere, whatever its rows were."""
+    return frame.astype({name: KINDS.get(name, "str") for name in frame.columns})
 
 
-def functional_errors(spectrum: Spectrum, metrics: Mapping[str, float]) -> dict[str, float]:
-    """sqrt(1 - E(k)) of a weighted spectrum: relative RMS output error of the best rank-k cut."""
+def functional_errors(spectrum: Spectrum) -> dict[str, float]:
+    """Relative RMS output error of the best rank-k cut, for a weighted spectrum.
+
+    sqrt(sum_{i>k} sigma_i^2 / sum_i sigma_i^2) at the k of the ``energy_at_k`` metrics, without the
+    cancellation of 1 - E(k); linear in the square between integers.
+    """
     if not spectrum.gauge.startswith("weighted"):
         return {}
+    square = np.square(spectrum.sigma / (spectrum.sigma[0] or 1.0))
+    left = np.append(np.cumsum(square[::-1])[::-1], 0.0)
+    at = {f"{k}": float(k) for k in nulls.DEFAULT_KS} | {"n/8": spectrum.full_rank / 8}
+    found = {name: np.interp(k, np.arange(left.size), left) for name, k in at.items()}
+    nothing = not left[0] > 0
     return {
-        metric.replace("energy", "functional_error"): float(np.sqrt(max(1.0 - value, 0.0)))
-        for metric, value in metrics.items()
-        if metric.startswith("energy_at_")
+        f"functional_error_at_{name}": float("nan") if nothing else float(np.sqrt(rest / left[0]))
+        for name, rest in found.items()
     }
 
 
-def null_of(model: nulls.NullModel, metric: str, sigma: np.ndarray) -> tuple[float, float]:
-    """(value, se) of a null, put into the scale of the measured spectrum where it has one."""
+def null_of(model: nulls.NullModel, metric: str, scale: float) -> tuple[float, float]:
+    """(value, se) of a null; ``scale`` is ||W||_F, which a null of unit norm lacks."""
     if metric.startswith("functional_error"):
         value, se = model[metric.replace("functional_error", "energy")]
         error = float(np.sqrt(max(1.0 - value, 0.0)))
         return error, se / (2 * error) if error > 0 else 0.0
     value, se = model[metric]
-    if metric == "spectral_norm" and se > 0:
-        scale = float(np.sqrt(np.square(sigma).sum()))
-        return value * scale, se * scale
-    return value, se
-
-
-_EIGENVALUES: dict[tuple[str, str], np.ndarray] = {}
-
-
-def covariance_eigenvalues(path: str, key: str) -> np.ndarray:
-    """Eigenvalues of one stored covariance, computed once."""
-    if (path, key) not in _EIGENVALUES:
-        from mla_study.probes.activations import load_covariance
-
-        _EIGENVALUES[path, key] = np.linalg.eigvalsh(load_covariance(path)[key])
-    return _EIGENVALUES[path, key]
+    return (value * scale, se * scale) if metric == "spectral_norm" else (value, se)

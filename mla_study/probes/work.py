@@ -1,79 +1,103 @@
-"""Measure many attention blocks: one process a core, one BLAS thread each, every block kept on disk.
+"""Measure many attention blocks: one process a core, one BLAS thread each, each block kept on disk.
 
-Each finished block is a file in a store, written under a temporary name and renamed, so that a run
-that was interrupted or killed goes on where it was, and ends with the same bytes.
+What a block gives depends on the block alone, so that any number of workers, and a run that was
+interrupted or killed and started again, end with the same bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import scipy.linalg
 
 from mla_study.checkpoints.operators import Attention
 from mla_study.checkpoints.reader import Checkpoint, OpenSpec, open_checkpoint
 from mla_study.errors import UserError
-from mla_study.probes.layer import (
-    Request,
-    Spectrum,
-    measure_attention,
-    subspace_of,
-    subspace_rank,
-)
+from mla_study.probes import nulls
+from mla_study.probes.layer import Request, measure_attention, subspace_of, subspace_rank
+from mla_study.probes.names import public_name
 from mla_study.probes.spectrum import measures
+from mla_study.probes.stacks import Spectrum, Weights
+from mla_study.probes.store import Measured, Store, read_measured, write_measured
 
-# below this much arithmetic a second process costs more than it brings (about two seconds a core)
+__all__ = [
+    "Item",
+    "Measured",
+    "Store",
+    "close_all",
+    "default_workers",
+    "identity",
+    "keep_open",
+    "load",
+    "measure",
+    "one_thread",
+    "run",
+    "serve",
+]
+
+# below this much arithmetic a second process costs more than it brings (a second or two a core)
 _PARALLEL_FLOPS = 6e10
-_THREADS = {
-    name: "1"
-    for name in (
-        "OPENBLAS_NUM_THREADS",
-        "OMP_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "VECLIB_MAXIMUM_THREADS",
-    )
-}
+_THREAD_LIMITS = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+_KEEP_OPEN = 4
+_WIDE = 768  # from here on a draw of a weighted null costs as much as the spectrum it stands beside
 
 
 @dataclass(frozen=True)
 class Item:
-    """One block of one checkpoint to measure; ``covariance`` is (file, key) of its inputs' C."""
+    """One block of one checkpoint to measure.
+
+    ``identity`` is :func:`identity` of the checkpoint; ``covariance`` is (file, key) of the second
+    moment of the block's inputs; ``seed`` is that of its null models.
+    """
 
     spec: OpenSpec
-    fingerprint: str
+    identity: str
     attention: Attention
     request: Request
     covariance: tuple[str, str] | None = None
+    seed: int = 0
 
     def key(self, salt: str) -> str:
-        """Name of the item's result in a store: all that the result depends on."""
+        """Name of the item's result in a store: a digest of all that the result depends on."""
         parts = {role: asdict(part) for role, part in self.attention.parts.items()}
+        covariance = None
+        if self.covariance is not None:
+            stat = Path(self.covariance[0]).stat()
+            covariance = [*self.covariance, stat.st_size, stat.st_mtime_ns, self.seed]
         text = json.dumps(
             [
                 salt,
                 asdict(self.spec),
-                self.fingerprint,
+                self.identity,
                 self.attention.block,
+                self.attention.kind,
                 self.attention.layout,
                 parts,
                 dict(self.attention.norms),
                 None if self.attention.heads is None else asdict(self.attention.heads),
                 asdict(self.request),
-                None if self.covariance is None else [*self.covariance, _stamp(self.covariance[0])],
+                covariance,
             ],
             sort_keys=True,
         )
@@ -85,128 +109,110 @@ class Item:
         return sum(12.0 * min(m, n) ** 2 * max(m, n) for m, n in sizes)
 
 
-def _stamp(path: str) -> list[int]:
-    stat = Path(path).stat()
-    return [stat.st_size, stat.st_mtime_ns]
+_open: OrderedDict[tuple[OpenSpec, str], Checkpoint] = OrderedDict()
 
 
-@dataclass
-class Measured:
-    """What a block gave: spectra, their measures, and sha256 of the values that were read."""
-
-    spectra: list[Spectrum]
-    metrics: list[dict[str, float]]
-    digests: dict[str, str]
-    bytes_read: int = 0
-    basis: np.ndarray | None = None  # [n, k], where a subspace was asked for
+def identity(checkpoint: Checkpoint) -> str:
+    """Digest of what a checkpoint's values depend on: its files, cheaply, and its configs."""
+    related = [checkpoint, *(vars(checkpoint).get(name) for name in ("_adapter", "_base"))]
+    configs = [None if c is None else c.config for c in related]
+    text = json.dumps([checkpoint.fingerprint, configs], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass
-class Store:
-    """A folder of finished blocks; ``salt`` stands for the code that measures them."""
-
-    folder: Path
-    salt: str = ""
-    _cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-
-    def path(self, item: Item) -> Path:
-        """Where the block's result lies or will lie."""
-        return self.folder / f"{item.key(self.salt)}.npz"
-
-    def save(self, item: Item, measured: Measured) -> None:
-        """Write one result atomically; UserError when the disk is full or not writable."""
-        write_measured(self.path(item), measured)
-
-    def load(self, item: Item) -> Measured:
-        """Read one result back; a damaged file raises :class:`ValueError`."""
-        return read_measured(self.path(item))
-
-    def holds(self, item: Item) -> bool:
-        """Whether a readable result is there."""
-        if not self.path(item).exists():
-            return False
-        try:
-            self.load(item)
-        except (ValueError, OSError, KeyError, EOFError):
-            return False
-        return True
+def keep_open(checkpoint: Checkpoint) -> None:
+    """Let :func:`measure` use a checkpoint that is open: no header is read twice."""
+    _open[checkpoint.spec, identity(checkpoint)] = checkpoint
+    while len(_open) > _KEEP_OPEN:
+        _open.popitem(last=False)[1].close()
 
 
-def write_measured(path: Path, measured: Measured) -> None:
-    """Atomic npz of one block's result."""
-    meta = {
-        "spectra": [{k: v for k, v in vars(s).items() if k != "sigma"} for s in measured.spectra],
-        "metrics": measured.metrics,
-        "digests": measured.digests,
-        "bytes_read": measured.bytes_read,
-    }
-    buffer = io.BytesIO()
-    arrays = {f"s{i}": s.sigma for i, s in enumerate(measured.spectra)}
-    if measured.basis is not None:
-        arrays["basis"] = measured.basis
-    text = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-    np.savez(buffer, meta=text, **arrays)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path.parent} cannot be written ({error.strerror}): free it") from None
+def close_all() -> None:
+    """Close the checkpoints that :func:`measure` left open in this process."""
+    while _open:
+        _open.popitem()[1].close()
 
 
-def read_measured(path: Path) -> Measured:
-    """Read what :func:`write_measured` wrote."""
-    import zipfile
-
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            meta = json.loads(bytes(data["meta"]))
-            spectra = [Spectrum(sigma=data[f"s{i}"], **m) for i, m in enumerate(meta["spectra"])]
-            basis = data["basis"] if "basis" in data else None
-    except (zipfile.BadZipFile, TypeError) as error:
-        raise ValueError(str(error)) from None
-    return Measured(spectra, meta["metrics"], meta["digests"], meta["bytes_read"], basis)
-
-
-@lru_cache(maxsize=2)
-def _opened(spec: OpenSpec, fingerprint: str) -> Checkpoint:
-    del fingerprint  # part of the cache key: a file that changed is opened again
-    return open_checkpoint(spec)
+def _opened(item: Item) -> tuple[Checkpoint, int]:
+    """The item's checkpoint, and how many bytes opening it took now."""
+    known = _open.get((item.spec, item.identity))
+    if known is not None:
+        return known, 0
+    checkpoint = open_checkpoint(item.spec)
+    if identity(checkpoint) != item.identity:
+        checkpoint.close()
+        raise UserError(
+            f"{public_name(item.spec.path)} changed while it was being probed: probe it again"
+        )
+    keep_open(checkpoint)
+    return checkpoint, checkpoint.bytes_read
 
 
-@lru_cache(maxsize=2)
-def _covariance(path: str, key: str) -> np.ndarray:
-    from mla_study.probes.activations import load_covariance, sqrt_psd
+@lru_cache(maxsize=1)
+def _inputs(path: str, key: str, mtime: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Root [n, c] of a stored covariance C = root root^T, its eigenvalues, and its sha256."""
+    from mla_study.probes.activations import load_covariance
 
-    return sqrt_psd(load_covariance(path)[key])
+    del mtime  # a file that changed is read again
+    covariance = load_covariance(path, [key])[key]
+    digest = hashlib.sha256(np.ascontiguousarray(covariance).data).hexdigest()
+    values, vectors = scipy.linalg.eigh(covariance, overwrite_a=True, check_finite=False)
+    if not values[-1] > 0:
+        raise UserError(f"{path}: the covariance {key!r} is all zero: collect it on other inputs")
+    kept = values > np.finfo(np.float64).eps * values.size * values[-1]
+    return np.ascontiguousarray(vectors[:, kept] * np.sqrt(values[kept])), values, digest
 
 
 def measure(item: Item) -> Measured:
-    """Measure one block in this process."""
-    checkpoint = _opened(item.spec, item.fingerprint)
+    """Measure one block in this process; raises UserError that names the tensor."""
+    checkpoint, opening = _opened(item)
     before = checkpoint.bytes_read
-    root = None if item.covariance is None else _covariance(*item.covariance)
+    weights = Weights(checkpoint)
+    root = eigenvalues = None
+    if item.covariance is not None:
+        path, key = item.covariance
+        root, eigenvalues, digest = _inputs(path, key, Path(path).stat().st_mtime_ns)
+        weights.digests[f"covariance {key}"] = digest
     try:
-        spectra, digests = measure_attention(checkpoint, item.attention, item.request, root)
+        spectra = measure_attention(weights, item.attention, item.request, root)
+        k = item.request.subspace
+        basis = None
+        if k:
+            rank = subspace_rank(item.attention) if k < 0 else k
+            basis = subspace_of(weights, item.attention, rank)
     except np.linalg.LinAlgError as error:
         raise UserError(
-            f"{item.spec.path}: the spectrum of block {item.attention.block!r} did not converge "
+            f"{weights.name}: the spectrum of block {item.attention.block!r} did not converge "
             f"({error}): check the weights there"
         ) from None
-    metrics = [measures(s.sigma, s.n) for s in spectra]
-    k = item.request.subspace
-    basis = None
-    if k:
-        rank = subspace_rank(item.attention) if k < 0 else k
-        basis = subspace_of(checkpoint, item.attention, rank)
-    return Measured(spectra, metrics, digests, checkpoint.bytes_read - before, basis)
+    return Measured(
+        spectra,
+        [measures(s.sigma, s.full_rank) for s in spectra],
+        weights.digests,
+        checkpoint.bytes_read - before + opening,
+        basis,
+        {
+            number: _weighted_nulls(spectrum, eigenvalues, item.seed)
+            for number, spectrum in enumerate(spectra)
+            if eigenvalues is not None and spectrum.gauge.startswith("weighted")
+        },
+    )
+
+
+def _weighted_nulls(
+    spectrum: Spectrum, eigenvalues: np.ndarray, seed: int
+) -> dict[str, nulls.NullModel]:
+    draws = None if min(spectrum.m, spectrum.n) <= _WIDE else 4
+    found = {"gaussian": nulls.weighted_gaussian_null(spectrum.m, eigenvalues, seed, draws)}
+    if spectrum.inner is not None:
+        found["gaussian_product"] = nulls.weighted_gaussian_product_null(
+            spectrum.m, spectrum.inner, eigenvalues, seed
+        )
+    return found
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None]:
     """One BLAS thread: faster than many on a busy machine, and the same bits everywhere."""
     from threadpoolctl import threadpool_limits
 
@@ -221,6 +227,11 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
+def load(item: Item, store: Store) -> Measured:
+    """The result of an item that :func:`run` has been through."""
+    return read_measured(store.path(item.key(store.salt)))
+
+
 def run(
     items: Sequence[Item],
     store: Store,
@@ -229,103 +240,122 @@ def run(
 ) -> None:
     """Measure every item that the store does not hold yet.
 
-    ``progress(finished, bytes)`` is called after each block. Raises the first UserError that a block
-    raised; what was finished stays in the store.
+    ``progress(finished, bytes)`` is called after each block. Raises the first UserError that a
+    block raised; what was finished stays in the store.
     """
-    todo = [item for item in items if not store.holds(item)]
-    for _ in range(len(items) - len(todo)):
-        if progress:
-            progress(1, 0)
-    cost = sum(item.cost() for item in todo)
+    store.prepare()
+    waiting = {item.key(store.salt): item for item in items}
+    todo = {key: item for key, item in waiting.items() if not store.holds(key)}
+    if progress and len(items) > len(todo):
+        progress(len(items) - len(todo), 0)
     if workers is None:
+        cost = sum(item.cost() for item in todo.values())
         workers = default_workers() if cost > _PARALLEL_FLOPS else 1
     workers = min(workers, len(todo))
-    if workers <= 1:
+    if workers > 1:
+        _run_processes(todo, store, workers, progress)
+        return
+    try:
         with one_thread():
-            for item in todo:
+            for key, item in todo.items():
                 measured = measure(item)
-                store.save(item, measured)
+                write_measured(store.path(key), measured)
                 if progress:
                     progress(1, measured.bytes_read)
-        return
-    _run_processes(todo, store, workers, progress)
+    finally:
+        close_all()
 
 
 def _run_processes(
-    todo: Sequence[Item],
+    todo: dict[str, Item],
     store: Store,
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+    close_all()
+    waiting: queue.SimpleQueue[tuple[str, Item] | None] = queue.SimpleQueue()
     # the large ones first, so that no core waits for a late one
-    for item in sorted(todo, key=lambda i: -i.cost()):
-        waiting.put(item)
+    for pair in sorted(todo.items(), key=lambda pair: -pair[1].cost()):
+        waiting.put(pair)
     for _ in range(workers):
         waiting.put(None)
     answers: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    children = [_start() for _ in range(workers)]
-    for child in children:
-        threading.Thread(target=_feed, args=(child, waiting, answers, store), daemon=True).start()
+    children: list[subprocess.Popen[bytes]] = []
     try:
-        finished = 0
-        while finished < len(todo):
+        for _ in range(workers):
+            child = _start()
+            children.append(child)
+            feed = threading.Thread(
+                target=_feed, args=(child, waiting, answers, store), daemon=True
+            )
+            feed.start()
+        for _ in todo:
             kind, value = answers.get()
             if kind == "error":
                 raise UserError(value)
             if kind == "crash":
                 raise RuntimeError(value)
-            finished += 1
             if progress:
                 progress(1, value)
     finally:
         for child in children:
             child.kill()
+        for child in children:
             child.wait()
 
 
 def _start() -> subprocess.Popen[bytes]:
+    # -P: a file in the working folder must not take a library's place. A process group of its own:
+    # Ctrl-C is the parent's to handle.
+    path = os.pathsep.join(p for p in sys.path if p)
+    limits = dict.fromkeys(_THREAD_LIMITS, "1")
     return subprocess.Popen(
-        [sys.executable, "-m", "mla_study.probes.worker"],
+        [sys.executable, "-P", "-m", "mla_study.probes.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, **_THREADS, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env={**os.environ, **limits, "PYTHONPATH": path},
+        process_group=0,
     )
 
 
 def _feed(
     child: subprocess.Popen[bytes],
-    waiting: queue.SimpleQueue[Item | None],
+    waiting: queue.SimpleQueue[tuple[str, Item] | None],
     answers: queue.SimpleQueue[tuple[str, Any]],
     store: Store,
 ) -> None:
     assert child.stdin is not None
     assert child.stdout is not None
-    while (item := waiting.get()) is not None:
+    while (pair := waiting.get()) is not None:
+        key, item = pair
         try:
-            pickle.dump((item, str(store.path(item))), child.stdin)
+            pickle.dump((item, str(store.path(key))), child.stdin)
             child.stdin.flush()
-            kind, value = json.loads(child.stdout.readline() or b'["crash", null]')
+            kind, value = json.loads(child.stdout.readline() or b'["ended", null]')
         except (OSError, ValueError):
-            kind, value = "crash", None
-        if kind == "crash":
-            code = child.poll()
-            value = value or (
-                f"a worker ended (code {code}) at block {item.attention.block!r} of "
-                f"{item.spec.path}; too little memory? try --workers 1"
-            )
+            kind, value = "ended", None
+        if kind == "ended":
+            kind, value = "error", _ended(child.wait(), item)
         answers.put((kind, value))
         if kind != "done":
             return
 
 
-def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """The worker's loop: an item in, a file in the store and one line of JSON out."""
+def _ended(code: int, item: Item) -> str:
+    how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    return (
+        f"{public_name(item.spec.path)}: a worker ended {how} at block {item.attention.block!r}: "
+        "if memory ran out, use --workers 1"
+    )
+
+
+def serve(receive: Callable[[], tuple[Item, str]], replies: IO[bytes]) -> None:
+    """A worker's loop until EOFError: an item in, a file in the store and a line of JSON out."""
     import traceback
 
     while True:
         try:
-            item, path = pickle.load(requests)
+            item, path = receive()
         except EOFError:
             return
         try:
@@ -337,8 +367,8 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         except MemoryError:
             reply = [
                 "error",
-                f"{item.spec.path}: too little memory for block {item.attention.block!r}: "
-                "use fewer --workers",
+                f"{public_name(item.spec.path)}: too little memory for block "
+                f"{item.attention.block!r}: use fewer --workers",
             ]
         except Exception:
             reply = ["crash", traceback.format_exc()]

@@ -8,6 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mla_study.probes.names import public_name, redact
 from mla_study.probes.rank_probe import Probed, Report, depth_note
 
 if TYPE_CHECKING:
@@ -15,70 +18,92 @@ if TYPE_CHECKING:
 
 KEYS = ["checkpoint", "series", "step", "layer", "attention", "operator", "gauge"]
 GROUP = ["checkpoint", "series", "step", "attention", "operator", "gauge"]
-_SHOWN_NULL = {"composed": "gaussian_product", "qk": "gaussian_product", "ov": "gaussian_product"}
+PRIMARY = ("r_0.99", "energy_at_n/8")
+EXTRA = ("stable_rank", "entropy_rank")
+_NULLS = {"gaussian_product": 0, "gaussian": 1}  # the nearer one is shown
+_SPACES = ("overlap", "principal_angle")
+_HEADS = {"r_0.99": "r_.99", "energy_at_n/8": "E(n/8)"}
+
+
+def shown_metrics(table: pd.DataFrame) -> list[str]:
+    """r_.99 and E(n/8), or where ``--metrics`` left them out the first two that there are."""
+    have = [m for m in dict.fromkeys(table["metric"]) if not m.startswith(_SPACES)]
+    return [m for m in PRIMARY if m in have] or have[:2]
+
+
+def shown_rows(table: pd.DataFrame, gauge: str) -> pd.DataFrame:
+    """Rows of spectra in one gauge a spectrum, beside one null.
+
+    The gauge is the one named where an operator of a checkpoint has it, else raw, else what it
+    has; ``weighted-`` gauges are chosen apart. The null is that of a product for products.
+    ``step`` is -1 where there is none; ``z`` is (value - null_value) / null_se.
+    """
+    rows = table[~table["metric"].str.startswith(_SPACES)]
+    rows = rows.assign(
+        step=rows["step"].astype("Int64").fillna(-1).astype("int64"),
+        weighted=rows["gauge"].str.startswith("weighted-"),
+        plain=rows["gauge"].str.removeprefix("weighted-"),
+        near=rows["null"].map(_NULLS),
+    )
+    place = ["checkpoint", "series", "step", "attention", "operator", "weighted"]
+
+    def some_have(name: str) -> pd.Series[bool]:
+        return rows.assign(has=rows["plain"] == name).groupby(place)["has"].transform("any")
+
+    first = rows.groupby(place)["plain"].transform("first")
+    wanted = first.mask(some_have("raw"), "raw").mask(some_have(gauge), gauge)
+    rows = rows[(rows["plain"] == wanted) & rows["near"].notna()]
+    nearest = rows.groupby([*KEYS, "head", "metric"])["near"].transform("min")
+    rows = rows[rows["near"] == nearest]
+    spread = rows["null_se"].where(rows["null_se"] > 0)
+    return rows.assign(z=(rows["value"] - rows["null_value"]) / spread)
 
 
 def wide(probed: Probed, gauge: str) -> pd.DataFrame:
-    """One row a layer and operator: r_.99 and E(n/8) with null and z, medians over heads.
+    """One row a layer and operator, medians over heads: each shown metric with its null and z.
 
-    The gauge is the one named where an operator has it, else raw; ``weighted-`` gauges follow it.
-    ``of`` counts the singular values: min(m, n), or the inner rank of a product.
+    ``of`` counts the singular values: min(m, n), or the inner rank of a product; ``METRIC cut`` is
+    the value of the cut dense source, where there is one.
     """
     import pandas as pd
 
-    table = probed.table
-    data = table[table["metric"].isin(["r_0.99", "energy_at_n/8", "entropy_rank", "stable_rank"])]
-    has_product = set(data[data["null"] == "gaussian_product"]["operator"])
-    shown = data["operator"].map(lambda op: "gaussian_product" if op in has_product else "gaussian")
-    data = data[data["null"] == shown]
-    data = data[_gauge_mask(data, gauge)]
-    if data.empty:
+    rows = shown_rows(probed.table, gauge)
+    if rows.empty:
         return pd.DataFrame()
-    data = data.assign(
-        z=(data["value"] - data["null_value"]) / data["null_se"].where(data["null_se"] > 0),
-        step=data["step"].astype("Int64").fillna(-1),
-    )
-    values = data.pivot_table(
-        index=KEYS, columns="metric", values=["value", "null_value", "z"], aggfunc="median",
-        observed=True, dropna=True, sort=False,
-    )  # fmt: skip
-    counted = probed.spectra.assign(step=probed.spectra["step"].astype("Int64").fillna(-1))
-    size = counted.groupby(KEYS, sort=False)["index"].max()
-    out = pd.DataFrame(index=values.index)
-    for metric in ("r_0.99", "energy_at_n/8"):
-        for what in ("value", "null_value", "z"):
-            column = (what, metric)
-            out[f"{metric} {what}"] = values[column] if column in values else math.nan
-    for metric in ("stable_rank", "entropy_rank"):
-        out[metric] = values["value", metric] if ("value", metric) in values else math.nan
-    out["of"] = size.reindex(out.index)
+    numbers = ["value", "null_value", "z"]
+    medians = rows.groupby([*KEYS, "metric"], sort=False)[numbers].median().unstack("metric")
+    order = rows.drop_duplicates(KEYS)[KEYS]
+    out = pd.DataFrame(index=pd.MultiIndex.from_frame(order))
+    for metric in shown_metrics(probed.table):
+        for what in numbers:
+            out[f"{metric} {what}"] = medians[what, metric]
+    for metric in EXTRA:
+        out[metric] = medians.get(("value", metric), math.nan)
+    cut = probed.table[probed.table["null"] == "truncated_source"]
+    for metric in shown_metrics(cut):
+        by_place = _filled(cut[cut["metric"] == metric]).groupby(KEYS)["null_value"].median()
+        out[f"{metric} cut"] = by_place.reindex(out.index)
+    out["of"] = _filled(probed.spectra).groupby(KEYS, sort=False)["index"].max().reindex(out.index)
     return out.reset_index()
 
 
-def _gauge_mask(data: pd.DataFrame, gauge: str) -> pd.Series[bool]:
-    weighted = data["gauge"].str.startswith("weighted-")
-    plain = data["gauge"].str.removeprefix("weighted-")
-    have = data.assign(plain=plain, weighted=weighted)
-    chosen = have.groupby(["operator", "attention", "weighted"])["plain"].transform(
-        lambda g: gauge if (g == gauge).any() else ("raw" if (g == "raw").any() else g.iloc[0])
-    )
-    return plain == chosen
+def _filled(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(step=frame["step"].astype("Int64").fillna(-1).astype("int64"))
 
 
 def summary(probed: Probed, gauge: str) -> list[dict[str, Any]]:
-    """Median and range over layers of r_.99 and E(n/8), an entry an operator."""
+    """Median and range over layers of the shown metrics, an entry an operator and gauge."""
     rows = wide(probed, gauge)
-    if rows.empty:
-        return []
     entries: list[dict[str, Any]] = []
-    for key, group in rows.groupby(GROUP, sort=False):
-        entry: dict[str, Any] = dict(
-            zip(GROUP, key if isinstance(key, tuple) else (key,), strict=True)
-        )
-        entry["step"] = None if entry["step"] == -1 else int(entry["step"])
+    if rows.empty:
+        return entries
+    for _, group in rows.groupby(GROUP, sort=False):
+        first = group.iloc[0]
+        entry: dict[str, Any] = {name: _plain(first[name]) for name in GROUP}
+        entry["step"] = None if entry["step"] == -1 else entry["step"]
         entry["layers"] = len(group)
         entry["of"] = int(group["of"].max())
-        for metric in ("r_0.99", "energy_at_n/8"):
+        for metric in shown_metrics(probed.table):
             column = group[f"{metric} value"]
             entry[metric] = {
                 "median": _plain(column.median()),
@@ -87,82 +112,106 @@ def summary(probed: Probed, gauge: str) -> list[dict[str, Any]]:
                 "null": _plain(group[f"{metric} null_value"].median()),
                 "z": _plain(group[f"{metric} z"].median()),
             }
+            if f"{metric} cut" in group and group[f"{metric} cut"].notna().any():
+                entry[metric]["truncated_source"] = _plain(group[f"{metric} cut"].median())
         entries.append(entry)
     return entries
 
 
 def text_table(probed: Probed, gauge: str) -> str:
-    """The readable table with a summary at its end."""
+    """The readable table with a summary at its end; for series the summary alone."""
     lines: list[str] = []
     rows = wide(probed, gauge)
-    head = (
-        f"{'layer':>5} {'attention':<9} {'operator':<8} {'gauge':<17}{'r_.99':>7} {'of':>5} "
-        f"{'null':>7} {'z':>8}  {'E(n/8)':>6} {'null':>6} {'z':>8} {'stable':>7} {'entropy':>8}"
-    )
-    if not rows.empty:
-        for (label, series, step), group in rows.groupby(
-            ["checkpoint", "series", "step"], sort=False
-        ):
-            where = (
-                label
-                + (f"  [{series}]" if series else "")
-                + (f"  step {step}" if step >= 0 else "")
-            )
-            lines += [where, head]
-            lines += [_line(row) for row in group.to_dict("records")]
+    series = bool(probed.table["step"].notna().any())
+    metrics = shown_metrics(probed.table)
+    if not rows.empty and not series:
+        columns = [_head(metric, number == 0) for number, metric in enumerate(metrics)]
+        head = f"{'layer':>5} {'attention':<9} {'operator':<8} {'gauge':<17}" + "".join(columns)
+        head += f" {'stable':>7} {'entropy':>8}"
+        for label, group in rows.groupby("checkpoint", sort=False):
+            lines += [str(label), head]
+            lines += [_line(row, metrics) for row in group.to_dict("records")]
             lines.append("")
-    lines += _other_rows(probed.table)
+    lines += _space_rows(probed.table, by_layer=not series)
     entries = summary(probed, gauge)
     if entries:
         lines.append(
             f"median [min .. max] over layers, gauge {gauge!r} where an operator has it; z is the "
             "difference from the null in standard deviations of one random matrix"
         )
-    for entry in entries:
-        r, e = entry["r_0.99"], entry["energy_at_n/8"]
-        where = f"step {entry['step']}, " if entry["step"] is not None else ""
-        name = entry["series"] or entry["checkpoint"]
-        lines.append(
-            f"  {_short(name)}: {where}{entry['attention']} {entry['operator']} ({entry['gauge']}): "
-            f"r_.99 {_num(r['median'])} [{_num(r['min'])} .. {_num(r['max'])}] of {entry['of']}, "
-            f"null {_num(r['null'])}; E(n/8) {_num(e['median'], 3)} "
-            f"[{_num(e['min'], 3)} .. {_num(e['max'], 3)}], null {_num(e['null'], 3)}"
-        )
-    lines += [f"note: {note}" for note in probed.notes]
-    return "\n".join(lines)
+        if not any(str(entry["gauge"]).endswith(gauge) for entry in entries):
+            why = (
+                "one projection alone or no qk-norm" if gauge == "folded" else "single projections"
+            )
+            lines.append(f"no operator here has the gauge {gauge!r} ({why})")
+    lines += [_summary_line(entry, metrics) for entry in entries]
+    return "\n".join([*lines, *(f"note: {note}" for note in probed.notes)])
 
 
-def _line(row: Mapping[Any, Any]) -> str:
-    r, e = (
-        [row[f"{metric} {what}"] for what in ("value", "null_value", "z")]
-        for metric in ("r_0.99", "energy_at_n/8")
-    )
+def _head(metric: str, first: bool) -> str:
+    name = _HEADS.get(metric, metric)
+    size = max(7, len(name))
+    return f" {name:>{size}}" + (f" {'of':>5}" if first else "") + f" {'null':>7} {'z':>8} "
+
+
+def _line(row: Mapping[Any, Any], metrics: Sequence[str]) -> str:
+    text = f"{row['layer']:>5} {row['attention']:<9} {row['operator']:<8} {row['gauge']:<17}"
+    for number, metric in enumerate(metrics):
+        size = max(7, len(_HEADS.get(metric, metric)))
+        text += f" {_value(row[f'{metric} value'], metric):>{size}}"
+        text += f" {row['of']:>5}" if number == 0 else ""
+        text += f" {_value(row[f'{metric} null_value'], metric):>7} {_num(row[f'{metric} z']):>8} "
+    return text + f" {_num(row['stable_rank']):>7} {_num(row['entropy_rank']):>8}"
+
+
+def _summary_line(entry: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    step = f"step {entry['step']}, " if entry["step"] is not None else ""
+    name = entry["series"] or entry["checkpoint"]
+    pieces: list[str] = []
+    for metric in metrics:
+        shown = {k: _value(v, metric) for k, v in entry[metric].items()}
+        text = f"{_HEADS.get(metric, metric)} {shown['median']} [{shown['min']} .. {shown['max']}]"
+        text += f" of {entry['of']}" if metric.startswith("r_") else ""
+        text += f", null {shown['null']}, z {_num(entry[metric]['z'])}"
+        if "truncated_source" in shown:
+            text += f", cut source {shown['truncated_source']}"
+        pieces.append(text)
     return (
-        f"{row['layer']:>5} {row['attention']:<9} {row['operator']:<8} {row['gauge']:<17}"
-        f"{_num(r[0]):>7} {row['of']:>5} {_num(r[1]):>7} {_num(r[2]):>8}  {_num(e[0], 3):>6} "
-        f"{_num(e[1], 3):>6} {_num(e[2]):>8} {_num(row['stable_rank']):>7} "
-        f"{_num(row['entropy_rank']):>8}"
+        f"  {_short(name)}: {step}{entry['attention']} {entry['operator']} ({entry['gauge']}): "
+        + "; ".join(pieces)
     )
 
 
-def _other_rows(table: pd.DataFrame) -> list[str]:
-    """Overlaps and principal angles, by layer and step."""
-    rows = table[table["metric"].str.startswith(("overlap", "principal_angle"))]
+def _space_rows(table: pd.DataFrame, by_layer: bool) -> list[str]:
+    """Overlaps and principal angles, by layer, or medians over layers by step."""
+    rows = table[table["metric"].str.startswith(_SPACES)]
     if rows.empty:
         return []
-    lines = [
-        f"{'series':<10} {'step':>7} {'layer':>5} {'attention':<9} {'operator':<8} "
-        f"{'metric':<24}{'value':>8} {'null':>7} {'z':>8} {'k':>5} {'of':>5}"
-    ]
-    for row in rows.to_dict("records"):
-        se = row["null_se"]
-        z = (row["value"] - row["null_value"]) / se if se and se > 0 else math.nan
-        step = "" if row["step"] is None or row["step"] != row["step"] else str(row["step"])
-        step = "" if step == "<NA>" else step
+    columns = ["value", "null_value", "null_se", "m", "n"]
+    keys = ["series", "step", "layer", "attention", "operator", "metric"]
+    if not by_layer:
+        keys.remove("layer")
+    medians = _filled(rows).groupby(["checkpoint", *keys], sort=False)[columns].median()
+    left = f"{'layer':>5}" if by_layer else f"{'series':<12} {'step':>7}"
+    lines = (
+        list(dict.fromkeys(rows["checkpoint"])) if by_layer else ["row spaces, median of layers"]
+    )
+    lines.append(
+        f"{left} {'attention':<9} {'operator':<8} {'metric':<24}"
+        f"{'value':>8} {'null':>7} {'z':>8} {'k':>5} {'of':>5}"
+    )
+    for row in medians.reset_index().to_dict("records"):
+        spread = row["null_se"]
+        z = (row["value"] - row["null_value"]) / spread if spread > 0 else math.nan
+        left = (
+            f"{row['layer']:>5}"
+            if by_layer
+            else f"{_short(row['series'], 12):<12} {row['step']:>7}"
+        )
         lines.append(
-            f"{row['series']:<10} {step:>7} {row['layer']:>5} {row['attention']:<9} "
-            f"{row['operator']:<8} {row['metric']:<24}{row['value']:>8.4f} "
-            f"{_num(row['null_value'], 4):>7} {_num(z):>8} {row['m']:>5} {row['n']:>5}"
+            f"{left} {row['attention']:<9} {row['operator']:<8} {row['metric']:<24}"
+            f"{row['value']:>8.4f} {_num(row['null_value'], 4):>7} {_num(z):>8} "
+            f"{row['m']:>5.0f} {row['n']:>5.0f}"
         )
     return [*lines, ""]
 
@@ -180,11 +229,19 @@ def _num(value: Any, digits: int = 1) -> str:
     return f"{number:.{digits}f}"
 
 
+def _value(value: Any, metric: str) -> str:
+    if metric.startswith(("energy", "functional_error")):
+        return _num(value, 3)
+    if metric.startswith(("r_", "stable", "entropy", "participation")):
+        return _num(value)
+    return "-" if value is None or not math.isfinite(float(value)) else f"{float(value):.4g}"
+
+
 def listing(reports: Iterable[Report]) -> str:
     """``--list``: what was found, what was left out, and why."""
     lines: list[str] = []
     for report in reports:
-        lines.append(f"{report.source.path} ({report.format})")
+        lines.append(f"{report.source.label} ({report.format})")
         lines.append(f"{'layer':>7} {'attention':<9} {'layout':<10} {'heads':<12} projections")
         for a in report.found.attentions:
             heads = "-" if a.heads is None else f"{a.heads.q}/{a.heads.kv} x {a.heads.dim}"
@@ -199,32 +256,32 @@ def listing(reports: Iterable[Report]) -> str:
         for name, reason in report.found.left_out.items():
             groups[re.sub(r"\d+", "*", name), reason] += 1
         if groups:
-            lines.append(f"left out: {len(report.found.left_out)} tensors")
+            count = len(report.found.left_out)
+            lines.append(f"left out: {count} tensor{'' if count == 1 else 's'}")
             lines += [f"{n:>7} x {name}: {reason}" for (name, reason), n in groups.items()]
         lines += [f"note: {note}" for note in (*report.notes, *depth_note(report))]
         lines.append("")
-    return "\n".join(lines).rstrip()
+    return redact("\n".join(lines).rstrip())
 
 
 def _plain(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    return value.item() if hasattr(value, "item") else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as plain JSON values; NaN, infinity and missing become null."""
     columns = {
-        name: [None if v is None or v != v else _plain(v) for v in frame[name].astype(object).where(frame[name].notna(), None)]
+        name: [_plain(v) for v in frame[name].astype(object).where(frame[name].notna(), None)]
         for name in frame.columns
-    }  # fmt: skip
+    }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def document(probed: Probed, run: Mapping[str, Any], gauge: str) -> dict[str, Any]:
     """Everything, as one JSON document."""
     spectra: list[dict[str, Any]] = []
-    keys = ["checkpoint", "series", "step", "layer", "attention", "operator", "head", "gauge"]
+    keys = [*KEYS[:6], "head", "gauge"]
     for _, group in probed.spectra.groupby(keys, sort=False, dropna=False):
         entry = records(group.iloc[:1][keys])[0]
         spectra.append({**entry, "sigma": group["sigma"].tolist()})
@@ -243,7 +300,8 @@ def document(probed: Probed, run: Mapping[str, Any], gauge: str) -> dict[str, An
 def describe(report: Report) -> dict[str, Any]:
     """What was found in one checkpoint, as plain values."""
     return {
-        "path": report.source.path,
+        "checkpoint": report.source.label,
+        "path": public_name(report.source.path),
         "format": report.format,
         "config": report.config_path,
         "expected_layers": report.found.expected_layers,
@@ -269,7 +327,7 @@ def describe(report: Report) -> dict[str, Any]:
             for a in report.found.attentions
         ],
         "left_out": dict(report.found.left_out),
-        "notes": [*report.notes, *depth_note(report)],
+        "notes": [redact(note) for note in (*report.notes, *depth_note(report))],
     }
 
 
