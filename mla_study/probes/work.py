@@ -115,7 +115,8 @@ _open: OrderedDict[tuple[OpenSpec, str], Checkpoint] = OrderedDict()
 def identity(checkpoint: Checkpoint) -> str:
     """Digest of what a checkpoint's values depend on: its files, cheaply, and its configs."""
     related = [checkpoint, *(vars(checkpoint).get(name) for name in ("_adapter", "_base"))]
-    configs = [None if c is None else c.config for c in related]
+    names = ("config", "adapter_config")
+    configs = [vars(c).get(name) for c in related if c is not None for name in names]
     text = json.dumps([checkpoint.fingerprint, configs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
