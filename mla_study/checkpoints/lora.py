@@ -7,123 +7,153 @@ every tensor of the base is seen with the product added.
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from math import prod
 
 import numpy as np
 
 from mla_study.checkpoints.container import TensorInfo
-from mla_study.checkpoints.reader import Checkpoint, peel
-from mla_study.errors import UserError
-
-_PAIR = re.compile(
-    r"^(?P<stem>.+?)[._](?P<side>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
-    r"(?:\.(?!weight$)[\w-]+)?(?:\.weight)?$"
+from mla_study.checkpoints.lora_names import (
+    KOHYA,
+    Adapter,
+    Pair,
+    component,
+    parse,
+    peft_config,
+    scale_rule,
+    targets_of,
 )
-_DOWN = {"lora_A", "lora_down", "lora.down"}
-_KOHYA = re.compile(r"^lora_(unet|te\d?|transformer)_")
-
-
-def is_lora(names: Mapping[str, object]) -> bool:
-    """Whether the tensors of a file are adapter pairs."""
-    return any(_PAIR.match(name) for name in names)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The stored tensors of one adapted weight."""
-
-    stem: str
-    down: str
-    up: str
-    alpha: str | None
-
-
-def pairs(checkpoint: Checkpoint) -> dict[str, Pair]:
-    """Stem -> pair; a half pair is a :class:`UserError` that names the missing half."""
-    sides: dict[str, dict[str, str]] = {}
-    for name in checkpoint.tensors:
-        match = _PAIR.match(name)
-        if match:
-            side = "down" if match["side"] in _DOWN else "up"
-            sides.setdefault(match["stem"], {})[side] = name
-    found: dict[str, Pair] = {}
-    for stem, both in sides.items():
-        missing = {"down", "up"} - set(both)
-        if missing:
-            raise UserError(
-                f"{checkpoint.spec.path}: the adapter of {stem!r} has no '{missing.pop()}' half: "
-                "get the complete file"
-            )
-        alpha = f"{stem}.alpha" if f"{stem}.alpha" in checkpoint.tensors else None
-        found[stem] = Pair(stem, both["down"], both["up"], alpha)
-    return found
-
-
-def _flat(name: str) -> str:
-    return re.sub(r"[._]", "_", peel(_KOHYA.sub("", name)))
+from mla_study.checkpoints.reader import Checkpoint
+from mla_study.errors import UserError
 
 
 class LoraCheckpoint(Checkpoint):
     """An adapter seen as weights: its own products, or the base with them merged in."""
 
     def __init__(self, adapter: Checkpoint, base: Checkpoint | None) -> None:
+        if isinstance(base, LoraCheckpoint):
+            raise UserError(
+                f"{base.spec.path} is an adapter itself: give the dense checkpoint as --base"
+            )
         self.spec = adapter.spec
         self.files = adapter.files
-        self.notes = adapter.notes
+        self.notes = adapter.notes + (base.notes if base else [])
+        self.adapter_config = adapter.adapter_config
         self._adapter = adapter
         self._base = base
-        self.config = adapter.config if base is None else (base.config or None)
-        self.config_path = adapter.config_path if base is None else base.config_path
         self._containers = adapter._containers + (base._containers if base else [])
         self._noted_fp8 = False
-        self._pairs = {}
-        found = pairs(adapter)
-        for pair in found.values():
+        self._scales = {}
+        self._last: tuple[Pair, np.ndarray, np.ndarray] | None = None
+        parsed = parse(adapter)
+        self._scale = scale_rule(adapter, parsed)
+        self._inputs_first = parsed.inputs_first and base is not None
+        for pair in parsed.pairs:
             self._check(pair)
+        self._pairs: dict[str, Pair] = {}
+        self._diffs: dict[str, str] = {}
         if base is None:
-            for stem, pair in found.items():
-                name = f"{_KOHYA.sub('', stem)}.weight"
-                self._pairs[name] = pair
-            self.tensors = {name: self._info(name, pair) for name, pair in self._pairs.items()}
-            if _is_config_of_adapter(self.config):
-                self.config = None
+            self.config = None if _of_adapter(adapter.config) else adapter.config
+            self.config_path = adapter.config_path if self.config else None
+            self._alone(parsed)
+        else:
+            self.config, self.config_path = base.config, base.config_path
+            self._merge(parsed, base)
+
+    def _alone(self, parsed: Adapter) -> None:
+        short = {pair.stem: f"{KOHYA.sub('', pair.stem)}.weight" for pair in parsed.pairs}
+        counts = Counter(short.values())
+        for pair in parsed.pairs:
+            name = short[pair.stem]
+            self._pairs[name if counts[name] == 1 else f"{pair.stem}.weight"] = pair
+        self.tensors = {name: self._info(name, pair) for name, pair in self._pairs.items()}
+        self.notes.append(
+            f"{len(self._pairs)} adapter pairs: their own products are probed; "
+            "--base CHECKPOINT merges them into the weights."
+        )
+        if parsed.magnitudes:
             self.notes.append(
-                f"{len(found)} adapter pairs: their own products are probed; "
-                "--base CHECKPOINT merges them into the weights."
+                f"{len(parsed.magnitudes)} DoRA magnitudes ({parsed.magnitudes[0]} ...) are left "
+                "out: the products alone are not the whole change."
             )
-            return
-        targets = {
-            _flat(n.removesuffix(".weight")): n for n in base.tensors if n.endswith("weight")
-        }
-        for stem, pair in found.items():
-            target = targets.get(_flat(stem))
-            shape = self._shape(pair)
-            if target is None or int(np.prod(base.tensors[target].shape)) != int(np.prod(shape)):
-                have = (
-                    "nothing of that name" if target is None else list(base.tensors[target].shape)
+        self._note_rest(parsed, [*parsed.rest, *parsed.diffs.values()])
+
+    def _note_rest(self, parsed: Adapter, rest: list[str]) -> None:
+        if parsed.unmatched_scale:
+            self.notes.append("no alpha in file or adapter_config.json: the products' scale is 1.")
+        if rest:
+            self.notes.append(
+                f"{len(rest)} further tensors are no adapter pairs ({rest[0]} ...): left out."
+            )
+
+    def _merge(self, parsed: Adapter, base: Checkpoint) -> None:
+        if parsed.magnitudes:
+            raise UserError(
+                f"{self.spec.path} holds DoRA magnitudes ({parsed.magnitudes[0]!r}), which scale "
+                "the merged weights anew: merge it with the program that trained it, and probe that"
+            )
+        targets = targets_of(base)
+        by_part: dict[str, list[tuple[Pair, str | None]]] = {}
+        for pair in parsed.pairs:
+            by_part.setdefault(component(pair.stem), []).append((pair, targets.find(pair.stem)))
+        foreign = {part for part, found in by_part.items() if not any(t for _, t in found)}
+        if len(foreign) == len(by_part):
+            foreign = set()
+        for part, found in by_part.items():
+            if part in foreign:
+                self.notes.append(
+                    f"{len(found)} adapter pairs of {part!r} belong to another model: left out."
                 )
-                raise UserError(
-                    f"{self.spec.path}: the adapter of {stem!r} has shape {list(shape)}, but the base "
-                    f"{base.spec.path} has {have}: it belongs to another base"
-                )
-            self._pairs[target] = pair
+                continue
+            for pair, target in found:
+                self._aim(pair, target, base)
+        left: list[str] = list(parsed.rest)
+        for stem, name in parsed.diffs.items():
+            target = targets.find(stem, name.endswith("_b"))
+            shape = self._adapter.tensors[name].shape
+            if target is not None and base.tensors[target].shape == shape:
+                self._diffs[target] = name
+            elif component(stem) not in foreign:
+                left.append(name)
         self.tensors = dict(base.tensors)
-        self.notes.append(f"{len(found)} adapter pairs merged into {base.spec.path}.")
+        merged = f"{len(self._pairs)} adapter pairs"
+        if self._diffs:
+            merged += f" and {len(self._diffs)} full differences"
+        self.notes.append(f"{merged} merged into {base.spec.path}.")
+        self._note_rest(parsed, left)
+
+    def _aim(self, pair: Pair, target: str | None, base: Checkpoint) -> None:
+        shape = list(self._shape(pair))
+        has = "no tensor of that name"
+        if target is not None:
+            stored = base.tensors[target].shape
+            if len(stored) >= 2 and [stored[0], prod(stored[1:])] == shape:
+                other = self._pairs.setdefault(target, pair)
+                if other is not pair:
+                    raise UserError(
+                        f"{self.spec.path}: the adapters of {other.stem!r} and {pair.stem!r} both "
+                        f"mean {target!r}: keep one of them"
+                    )
+                return
+            has = f"{list(stored)} there"
+        raise UserError(
+            f"{self.spec.path}: the adapter of {pair.stem!r} has shape {shape}, but the base "
+            f"{base.spec.path} has {has}: give the base that it was trained on"
+        )
 
     def _check(self, pair: Pair) -> None:
         down, up = (self._adapter.tensors[n].shape for n in (pair.down, pair.up))
-        if len(down) < 2 or len(up) < 2 or up[1] != down[0] or 0 in down or 0 in up:
+        flat_up = len(up) >= 2 and up[1:] == (down[0], *(1,) * (len(up) - 2))
+        if len(down) < 2 or not flat_up or 0 in down or 0 in up:
             raise UserError(
                 f"{self.spec.path}: the adapter of {pair.stem!r} has shapes {list(up)} and "
-                f"{list(down)}, which do not multiply"
+                f"{list(down)}, which do not multiply: get an undamaged file"
             )
 
     def _shape(self, pair: Pair) -> tuple[int, int]:
         down, up = (self._adapter.tensors[n].shape for n in (pair.down, pair.up))
-        return up[0], int(np.prod(down[1:]))
+        m, n = up[0], prod(down[1:])
+        return (n, m) if self._inputs_first else (m, n)
 
     def _info(self, name: str, pair: Pair) -> TensorInfo:
         stored = [self._adapter.tensors[n] for n in (pair.down, pair.up)]
@@ -131,26 +161,24 @@ class LoraCheckpoint(Checkpoint):
 
     def _product(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         """(up scaled by alpha / rank, down), float64 and two-dimensional."""
-        down = self._adapter.read(pair.down).astype(np.float64)
-        up = self._adapter.read(pair.up).astype(np.float64)
-        scale = 1.0
-        if pair.alpha is not None:
-            scale = float(self._adapter.read(pair.alpha).reshape(-1)[0]) / down.shape[0]
-        elif _is_config_of_adapter(self._adapter.config):
-            config: dict[str, Any] = self._adapter.config or {}
-            alpha, rank = config.get("lora_alpha"), config.get("r")
-            if isinstance(alpha, int | float) and isinstance(rank, int) and rank > 0:
-                scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-        return up.reshape(up.shape[0], -1) * scale, down.reshape(down.shape[0], -1)
+        if self._last is None or self._last[0] is not pair:
+            down = self._adapter.read(pair.down).astype(np.float64)
+            up = self._adapter.read(pair.up).astype(np.float64) * self._scale(pair)
+            up, down = up.reshape(len(up), -1), down.reshape(len(down), -1)
+            if self._inputs_first:
+                up, down = down.T, up.T
+            self._last = pair, up, down
+        return self._last[1], self._last[2]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows of the product, or of the base with the product added."""
         pair = self._pairs.get(name)
         if self._base is None:
-            assert pair is not None
-            up, down = self._product(pair)
+            up, down = self._product(self._pairs[name])
             return up[start:stop] @ down
         values = self._base.read(name, start, stop)
+        if name in self._diffs:
+            values = values.astype(np.float64) + self._adapter.read(self._diffs[name], start, stop)
         if pair is None:
             return values
         up, down = self._product(pair)
@@ -165,11 +193,23 @@ class LoraCheckpoint(Checkpoint):
         """sha256 over the stored bytes of the base tensor and of both adapter halves."""
         pair = self._pairs.get(name)
         parts = [self._base.raw_sha256(name)] if self._base is not None else []
-        if pair is not None:
-            names = [pair.down, pair.up] + ([pair.alpha] if pair.alpha else [])
-            parts += [self._adapter.raw_sha256(n) for n in names]
+        names = [pair.down, pair.up, *([pair.alpha] if pair.alpha else [])] if pair else []
+        names += [self._diffs[name]] if name in self._diffs else []
+        parts += [self._adapter.raw_sha256(n) for n in names]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
+    @property
+    def fingerprint(self) -> str:
+        """A cheap identity of the files, and of the config that scales the products."""
+        text = super().fingerprint + str(peft_config(self._adapter))
+        return hashlib.sha256(text.encode()).hexdigest()
 
-def _is_config_of_adapter(config: dict[str, Any] | None) -> bool:
+    def _is_fp8_weight(self, name: str) -> bool:
+        if self._base is not None:
+            return self._base._is_fp8_weight(name)
+        pair = self._pairs[name]
+        return any(self._adapter._is_fp8_weight(n) for n in (pair.down, pair.up))
+
+
+def _of_adapter(config: dict[str, object] | None) -> bool:
     return config is not None and ("lora_alpha" in config or "peft_type" in config)
