@@ -128,11 +128,11 @@ def _peak_mb(path: Path) -> float:
     code = (
         "import sys\n"
         "from mla_study.evaluation.bench_probe import inspect, DEFAULT, Source\n"
-        "from mla_study.probes.work import Item, measure\n"
+        "from mla_study.probes.work import measure\n"
         "from mla_study.study.observe import peak_memory\n"
-        "report, spec, stamp, _ = inspect(Source(sys.argv[1], 'x'), DEFAULT)\n"
+        "opened = inspect(Source(sys.argv[1], 'x'), DEFAULT)\n"
         "before = peak_memory()['self']\n"
-        "measure(Item(spec, stamp, report.found.attentions[0], DEFAULT.request))\n"
+        "measure(opened.item(opened.report.found.attentions[0], DEFAULT.request))\n"
         "print(peak_memory()['self'] - before)\n"
     )
     done = subprocess.run(
