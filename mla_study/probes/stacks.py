@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,11 +75,11 @@ class Weights:
         self.checkpoint = checkpoint
         self.name = public_name(checkpoint.spec.path)
         self.digests: dict[str, str] = {}
-        self._held: dict[tuple[str, tuple[tuple[int, int], ...]], np.ndarray] = {}
+        self._held: dict[tuple[str, tuple[tuple[int, int], ...]], Callable[[], np.ndarray]] = {}
         self._whole: dict[str, np.ndarray] = {}
 
     def values(self, part: Part) -> np.ndarray:
-        """The part [m, n], float32 or float64 as decoded; kept, so that no byte is read twice.
+        """The part [m, n], float32 or float64 as decoded; no byte of it is read twice.
 
         Raises:
             UserError: NaN, Inf, or values whose squares leave float64's range.
@@ -89,8 +89,8 @@ class Weights:
             values = self._read(part)
             self._check(f"tensor {part.tensor!r}", values)
             self.record(part, values)
-            self._held[key] = values
-        return self._held[key]
+            self._held[key] = _compact(values)
+        return self._held[key]()
 
     def record(self, part: Part, *values: np.ndarray) -> None:
         """Remember the sha256 of what was read for a part."""
@@ -150,6 +150,26 @@ class Weights:
         else:
             return
         raise UserError(f"{self.name}: {what}: {found}: probe an undamaged checkpoint")
+
+
+def _compact(values: np.ndarray) -> Callable[[], np.ndarray]:
+    """Hold float32 values that came from 16 bits in 16 bits; the call gives them back exactly."""
+    if values.dtype == np.float32 and values.size:
+        for probe in (values[:1], values):
+            bits = np.ascontiguousarray(probe).view(np.uint32)
+            if (bits & 0xFFFF).any():
+                break
+        else:
+            high = (bits >> 16).astype(np.uint16)
+            return lambda: (high.astype(np.uint32) << 16).view(np.float32)
+        with np.errstate(over="ignore"):
+            for probe in (values[:1], values):
+                half = probe.astype(np.float16)
+                if not np.array_equal(half, probe):
+                    break
+            else:
+                return lambda: half.astype(np.float32)
+    return lambda: values
 
 
 class Stacks:
