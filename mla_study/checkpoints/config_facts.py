@@ -13,20 +13,23 @@ from mla_study.errors import UserError
 
 MAX_LAYERS = 100_000
 
-_LAYERS = (
-    "num_layers", "num_hidden_layers", "n_layer", "n_layers", "layers", "depth"
-)  # fmt: skip
+_LAYERS = ("num_hidden_groups", "num_layers", "num_hidden_layers", "n_layer", "n_layers", "layers",
+           "depth")  # fmt: skip
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
 _KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "multi_query_group_num",
              "kv_n_heads")  # fmt: skip
 _HEAD_DIM = ("head_dim", "attention_head_dim", "d_kv", "head_size", "kv_channels")
+_LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")
 _INNER = ("model", "text_config", "llm_config", "language_config", "attn_config")
 # sub-config -> the blocks that it describes
-_VISION = re.compile(r"(?:^|[._])(?:vision|visual|image_encoder|vit)", re.IGNORECASE)
+_VISION = re.compile(
+    r"(?:^|[._])(?:vision|visual|vit|image_(?:encoder|tower|embed)|video_tower)", re.IGNORECASE
+)
 _AUDIO = re.compile(r"(?:^|[._])audio", re.IGNORECASE)
-_ENCODER = re.compile(r"(?:^|[._])encoder(?=[._]|$)")
-_DECODER = re.compile(r"(?:^|[._])decoder(?=[._]|$)")
+_ENCODER = re.compile(r"^encoder\.")
+_DECODER = re.compile(r"^decoder\.")
 _SINGLE = re.compile(r"(?:^|[._])single_")
+_DOUBLE = re.compile(r"(?:^|[._])(?:double_blocks|transformer_blocks)[._]")
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,15 @@ class ConfigFacts:
         ):
             if isinstance(config.get(key), dict):
                 parts.append((pattern, cls._read(config[key])))
+        t5 = flat.get("num_layers") if "num_decoder_layers" in flat else None
+        single = flat.get("num_single_layers", flat.get("depth_single_blocks"))
         sides = {
-            _ENCODER: {"layers": flat.get("encoder_layers"),
+            _ENCODER: {"layers": flat.get("encoder_layers", t5),
                        "heads": flat.get("encoder_attention_heads")},
             _DECODER: {"layers": flat.get("decoder_layers", flat.get("num_decoder_layers")),
                        "heads": flat.get("decoder_attention_heads")},
-            _SINGLE: {"layers": flat.get("num_single_layers", flat.get("depth_single_blocks"))},
+            _SINGLE: {"layers": single},
+            _DOUBLE: {"layers": facts.layers if single else None},
         }  # fmt: skip
         for pattern, values in sides.items():
             known = {key: number for key, v in values.items() if (number := _count(v))}
@@ -106,7 +112,7 @@ class ConfigFacts:
                     return number
                 # lists say it stage by stage, null and false not at all
                 if isinstance(config.get(key), int | float | str) and config[key] is not False:
-                    ignored.append(f"{key} = {str(config[key])[:40]!r}")
+                    ignored.append(f"{key} = {repr(config[key])[:40]}")
             return None
 
         name = str(config.get("_class_name") or "")
@@ -164,15 +170,27 @@ def _inside(metadata: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _hybrid(config: Mapping[str, Any]) -> frozenset[int] | None:
-    """Layers with softmax attention where the config lists the kinds of layers."""
-    for key in ("layer_types", "layers_block_type", "block_types"):
-        kinds = config.get(key)
-        if isinstance(kinds, list) and kinds and len(kinds) <= MAX_LAYERS:
-            names = [str(kind).lower() for kind in kinds]
-            has = [i for i, k in enumerate(names) if "attention" in k and "linear" not in k]
-            return frozenset(has) if has else None
-    period, offset = (config.get(f"attn_layer_{key}") for key in ("period", "offset"))
-    depth = _count(config.get("num_hidden_layers"))
-    if _count(period) and isinstance(offset, int) and depth and depth <= MAX_LAYERS:
-        return frozenset(i for i in range(depth) if i % int(period or 1) == offset)
-    return None
+    """Layers with keys and values of softmax attention, where a config says it layer by layer."""
+    depth = _count(config.get("num_hidden_layers")) or 0
+    if depth > MAX_LAYERS:
+        return None
+    # the last layers of Gemma 3n have queries only
+    shared = _count(config.get("num_kv_shared_layers")) or 0
+    layers = set(range(depth - shared)) if shared < depth else set[int]()
+    period, offset = _count(config.get("attn_layer_period")), config.get("attn_layer_offset")
+    kinds = next(
+        (config[key] for key in _LAYER_KINDS if isinstance(config.get(key), list) and config[key]),
+        None,
+    )
+    if kinds is not None:
+        names = [str(kind).lower() for kind in kinds[:MAX_LAYERS]]
+        layers &= {
+            i
+            for i, kind in enumerate(names)
+            if ("attention" in kind and "linear" not in kind) or kind == "hybrid"
+        }
+    elif period and isinstance(offset, int):
+        layers = {i for i in layers if i % period == offset}
+    elif not shared:
+        return None
+    return frozenset(layers) or None

@@ -109,6 +109,9 @@ def _halves(part: Part) -> dict[str, Part]:
 def split_kv(checkpoint: Checkpoint, block: Block) -> dict[str, Part] | str:
     """Parts k and v of a fused kv: all keys, then all values; or why they cannot be told apart."""
     part = whole(checkpoint, block.weights["kv"])
+    norm = block.norms.get("kv_norm")
+    if norm is not None and checkpoint.tensors[norm].shape[0] == part.m:
+        return "one projection serves as key and as value"
     return f"{part.m} rows do not halve into k and v" if part.m % 2 else _halves(part)
 
 
@@ -150,12 +153,8 @@ def _query_rows(
             return o.n
     if grouped and part.m % each == 0:
         return part.m // each * heads
-    if part.m % 3 == 0 and not part.n < part.m < 3 * part.n:
-        return part.m // 3
-    if part.n < part.m and (part.m - part.n) % 2 == 0:
-        block.remarks.append(f"split guessed: {part.n} rows of q, the rest k and v")
-        return part.n
-    return part.m // 3 if part.m % 3 == 0 else 0
+    # between n and 3n rows there may be fewer keys than queries, and nothing tells how many
+    return 0 if part.n < part.m < 3 * part.n or part.m % 3 else part.m // 3
 
 
 def _misfit(checkpoint: Checkpoint, part: Part, heads: int, kv_heads: int, asked: bool) -> str:
@@ -179,6 +178,16 @@ def _codegen(part: Part) -> dict[str, Part]:
         )
         for at, role in enumerate("qvk")
     }
+
+
+def without_gates(parts: dict[str, Part], dim: int, remarks: list[str]) -> dict[str, Part]:
+    """Parts without the rows of a gate that stands behind each head's queries (Qwen3-Next)."""
+    q, o = parts.get("q"), parts.get("o")
+    if not dim or q is None or o is None or q.m != 2 * o.n or q.m % (2 * dim):
+        return parts
+    remarks.append("q without the gate that stands behind each head")
+    ranges = tuple((start, start + dim) for start in range(0, q.m, 2 * dim))
+    return {**parts, "q": q.take(ranges)}
 
 
 def split_latent(checkpoint: Checkpoint, weights: Mapping[str, str]) -> dict[str, Part] | str:

@@ -87,17 +87,27 @@ def _merged(stacks: list[_Stack]) -> list[_Stack]:
     return kept
 
 
-def _expected(stack: _Stack, facts: ConfigFacts, given: int | None) -> set[int] | None:
-    """Numbers that a stack should have, None where nothing says it."""
+def _expected(
+    stack: _Stack, facts: ConfigFacts, given: int | None, main: bool
+) -> frozenset[int] | None:
+    """Numbers that a stack should have, None where nothing says it.
+
+    What config or ``--layers`` say holds for the main stack; what they say of another (a decoder
+    beside its encoder) holds where that is as good as complete.
+    """
     if stack.indices is None:
         return None
     own = facts.of_block(stack.attentions[0].block)
     count = given or own.layers
-    if count is None or (stack.rank > 1 and (given or own is facts)):
+    if count is None:
         return None
+    if not main:
+        nearly = 2 * len(stack.indices) > count > max(stack.indices)
+        if not nearly or (own is facts and not given):
+            return None
     if own.attention_layers and given is None and max(own.attention_layers) < count:
-        return set(own.attention_layers)
-    return set(range(count))
+        return own.attention_layers
+    return frozenset(range(count))
 
 
 def number_layers(found: Found, facts: ConfigFacts, given: int | None) -> None:
@@ -123,44 +133,60 @@ def number_layers(found: Found, facts: ConfigFacts, given: int | None) -> None:
         if len(stacks) == 1 and stacks[0].indices is not None:
             stack, own = stacks[0], stacks[0].indices
             result += [replace(a, layer=i) for a, i in zip(stack.attentions, own, strict=True)]
-            lacking |= (_expected(stack, facts, given) or set()) - set(own)
+            lacking |= (_expected(stack, facts, given, True) or frozenset()) - set(own)
         else:
             result += _several(stacks, facts, given, lacking)
             if sum(len(s.attentions) for s in stacks) > 1:
                 found.natural_layers = False
         if kind in checked:
             missing |= lacking
+    if not facts.has_cross:  # a layer may have the one kind or the other
+        missing -= _elsewhere(found, missing)
     found.attentions = sorted(result, key=lambda a: (a.layer, a.kind == "cross"))
     found.missing_layers = sorted(missing, key=lambda m: natural(str(m)))
+
+
+def _elsewhere(found: Found, missing: set[int | str]) -> set[int | str]:
+    """Of the missing self-attentions those whose layer has a cross-attention instead."""
+    stacks = _stacks([a for a in found.attentions if a.kind == "cross"])
+    if len(stacks) != 1 or stacks[0].indices is None:
+        return set()
+    have, root = set(stacks[0].indices), stacks[0].path.split("*")[0]
+    return {m for m in missing if (m if isinstance(m, int) else _index(m, root)) in have}
+
+
+def _index(path: str, root: str) -> int | None:
+    """The number behind ``root`` in a path."""
+    found = re.match(r"[0-9]+", path[len(root) :]) if path.startswith(root) else None
+    return int(found[0]) if found else None
 
 
 def _several(
     stacks: list[_Stack], facts: ConfigFacts, given: int | None, lacking: set[int | str]
 ) -> list[Attention]:
     """Stack after stack; in natural order where a stack's numbers are no layers of their own."""
-    total = sum(len(s.attentions) for s in stacks)
-    wanted = [None if total == given else _expected(s, facts, given) for s in stacks]
-    for at, (stack, expected) in enumerate(zip(stacks, wanted, strict=True)):
+    flat = [a for stack in stacks for a in stack.attentions]
+    candidates = [s for s in stacks if s.rank < 2 and s.indices is not None]
+    main = max(candidates, key=lambda s: len(s.attentions), default=None)
+    sizes: list[int | None] = []
+    for stack in stacks:
         own = set(stack.indices or ())
-        if expected is None or (at and max(own) > max(expected)):
-            wanted[at] = None  # the number of layers is another stack's
-        else:
+        expected = None
+        if given != len(flat):
+            expected = _expected(stack, facts, given, stack is main)
+        if expected:
             lacking.update(stack.name(i) for i in expected - own)
-    if given and 0 < total < given and not lacking:
-        lacking.add(f"{given - total} of {given} (the names carry no single number)")
-    sizes: list[int] = []
-    for stack, expected in zip(stacks, wanted, strict=True):
-        own = set(stack.indices or ())
-        if expected is not None:
             sizes.append(max(max(expected), max(own)) + 1)
-        elif stack.indices is None or own == set(range(len(own))):
-            sizes.append(len(stack.attentions))
         else:
-            flat = [a for s in stacks for a in s.attentions]
-            return [replace(a, layer=i) for i, a in enumerate(flat)]
+            whole = stack.indices is None or own == set(range(len(own)))
+            sizes.append(len(stack.attentions) if whole else None)
+    if given and 0 < len(flat) < given and not lacking:
+        lacking.add(f"{given - len(flat)} of {given} (the names carry no single number)")
     result: list[Attention] = []
     offset = 0
     for stack, size in zip(stacks, sizes, strict=True):
+        if size is None:
+            return [replace(a, layer=i) for i, a in enumerate(flat)]
         places = stack.indices or range(len(stack.attentions))
         result += [
             replace(a, layer=offset + i) for a, i in zip(stack.attentions, places, strict=True)

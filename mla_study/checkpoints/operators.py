@@ -24,6 +24,7 @@ from mla_study.checkpoints.fused import (
     split_qkv,
     stored_inputs_first,
     whole,
+    without_gates,
 )
 from mla_study.checkpoints.heads import find_heads, find_norms
 from mla_study.checkpoints.layers import natural, number_layers
@@ -235,13 +236,16 @@ def _assemble(
         if not {"k", "v"} <= set(parts):
             have = ", ".join(sorted(roles))
             return _leave_out(block, found, f"its block has {have} only: k and v are needed")
-        if parts["k"].n != parts["v"].n:
-            return _leave_out(
-                block,
-                found,
-                f"k has {parts['k'].n} columns and v has {parts['v'].n}: no joint operator",
-            )
+        k, v = parts["k"], parts["v"]
+        if k.n != v.n:
+            inputs = f"k has {k.n} inputs and v has {v.n}"
+            if k.m == v.n:
+                return _leave_out(block, found, f"{inputs}: of a feed-forward layer")
+            block.remarks.append(f"{inputs}: no joint operator")
         parts = {role: parts[role] for role in ("q", "k", "v", "o") if role in parts}
+        norm = block.norms.get("q_norm")
+        dim = checkpoint.tensors[norm].shape[0] if norm is not None else 0
+        parts = without_gates(parts, dim, block.remarks)
     kind: Kind = "cross" if block.cross or is_cross(block.path) else "self"
     if layout != "latent" and "q" in parts and parts["q"].n != parts["k"].n:
         kind = "cross"
@@ -268,21 +272,31 @@ def _mark_decoders(found: Found) -> None:
 
 def _note_incomplete(blocks: Sequence[Block], found: Found) -> None:
     """Say which blocks lack a projection that others of their stack have."""
-    stacks: dict[str, dict[str, None]] = {}
+    stacks: dict[tuple[str, str], set[str]] = {}
     for attention in found.attentions:
-        stacks.setdefault(template(attention.block), {}).update(dict.fromkeys(attention.parts))
+        key = template(attention.block), attention.layout
+        stacks.setdefault(key, set()).update(attention.parts)
+    lacking: dict[str, list[str]] = {}
     for attention in found.attentions:
-        roles = stacks[template(attention.block)]
-        lacking = [role for role in roles if role not in attention.parts]
-        if lacking:
-            found.notes.append(
-                f"block {attention.block!r} has no {', '.join(lacking)}, unlike others of its kind."
-            )
-    paths = {a.block for a in found.attentions}
+        roles = stacks[template(attention.block), attention.layout] - set(attention.parts)
+        for role in sorted(roles & {"q", "o"}):
+            lacking.setdefault(role, []).append(attention.block)
+    for role, paths in lacking.items():
+        found.notes.append(f"{_some(paths)} without {role}, unlike others of the kind.")
+    known = {a.block for a in found.attentions}
+    templates = {path for path, _ in stacks}
+    halves: dict[str, list[str]] = {}
     for block in blocks:
-        if block.path not in paths and template(block.path) in stacks:
-            have = ", ".join(sorted(block.weights))
-            found.notes.append(f"block {block.path!r} is left out: it has {have} only.")
+        if block.path not in known and template(block.path) in templates:
+            halves.setdefault(", ".join(sorted(block.weights)), []).append(block.path)
+    for have, paths in halves.items():
+        found.notes.append(f"{_some(paths)} with {have} only, left out.")
+
+
+def _some(paths: Sequence[str]) -> str:
+    if len(paths) == 1:
+        return f"1 block ({paths[0]!r})"
+    return f"{len(paths)} blocks ({paths[0]!r} ...)"
 
 
 def _nothing(checkpoint: Checkpoint, found: Found) -> str:
@@ -291,11 +305,12 @@ def _nothing(checkpoint: Checkpoint, found: Found) -> str:
     shown = ", ".join(f"{name[:100]} ({count})" for name, count in families.most_common(6))
     reasons = Counter(r for r in found.left_out.values() if r != _NO_ROLE)
     why = f"; left out: {reasons.most_common(1)[0][0]}" if reasons else ""
-    holds = (
-        f"its {len(matrices)} matrices are {shown}"
-        if matrices
-        else f"it holds {len(checkpoint.tensors)} tensors and no matrix"
-    )
+    if len(matrices) == 1:
+        holds = f"its only matrix is {matrices[0][:100]}"
+    elif matrices:
+        holds = f"its {len(matrices)} matrices are {shown}"
+    else:
+        holds = f"it holds {len(checkpoint.tensors)} tensors and no matrix"
     return (
         f"{checkpoint.spec.path}: no attention projections found, {holds}{why}; "
         "name them with --map 'REGEX -> role', for example --map 'attn\\.key -> k'"

@@ -67,6 +67,9 @@ _SIDE_SUFFIX = re.compile(r"^(?:to_)?(?:q|k|v|qkv|proj)(?:_proj)?_(?P<side>[a-z]
 _SIDE_PATH = re.compile(r"(?:^|[._])(context_block|txt_attn)(?=[._]|$)")
 _FLUX_SINGLE = re.compile(r"(?:^|[._])single_blocks[._]\d+$")
 _ATTENTION = re.compile(r"att|mha", re.IGNORECASE)
+# of linear attention, fused in orders of its own, and of what picks the keys of sparse attention
+_OTHER_MODULES = re.compile(r"(?:^|[._])(?:linear_attn|indexer|compressor)(?=[._]|$)")
+_INNER_LAYERS = (".linear", ".convolution")  # a projection that is a module around its layer
 _LONGEST = 6  # words in the longest token of the tables
 
 
@@ -114,6 +117,8 @@ def _match(stem: str, tokens: dict[str, str]) -> Match | None:
 def match_weight(name: str) -> Match | None:
     """Role and block of a matrix, or None where its name says nothing of attention."""
     stem = name.removesuffix(".weight")
+    for inner in _INNER_LAYERS:
+        stem = stem.removesuffix(inner)
     output = _ATTENTION_OUTPUT.match(stem)
     if output:
         return Match("o", output["block"])
@@ -122,6 +127,8 @@ def match_weight(name: str) -> Match | None:
         return Match("qkv_mlp", head)
     if last.lower() == "in_proj" and not _ATTENTION.search(head):
         return None  # of a state-space mixer
+    if _OTHER_MODULES.search(head):
+        return None
     return _match(stem, _TOKENS)
 
 
