@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from checkpoints.safetensors_bytes import build
 
 Arrays = dict[str, np.ndarray]

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
+from probe_files import Arrays, as_bf16, gqa, joint, wan, write
 
 from mla_study.checkpoints.operators import Attention, Part, find_operators
 from mla_study.checkpoints.reader import Checkpoint, open_checkpoint
 from mla_study.errors import UserError
 from mla_study.probes.stacks import STACKS, Stacks, Weights, _compact
-from probe_files import Arrays, as_bf16, gqa, joint, wan, write
 
 
 def opened(path: Path, **options: int) -> tuple[Checkpoint, list[Attention]]:
@@ -150,7 +150,7 @@ def test_extreme_scales(scale: float, tmp_path: Path, seed: int) -> None:
     assert all(np.isfinite(s.sigma).all() for s in found.values())
     want = scipy.linalg.svdvals(k)
     np.testing.assert_allclose(found["k", "raw"].sigma, want, rtol=1e-9, atol=1e-12 * want[0])
-    if 0 < scale:
+    if scale > 0:
         arrays["blocks.0.self_attn.k.weight"] = k / scale
         same = spectra(write(tmp_path / "b.safetensors", arrays), ["kv", "k"])
         for key in (("kv", "balanced"), ("kv", "folded"), ("k", "folded")):
@@ -167,7 +167,7 @@ def test_bad_values_are_named(bad: float, tmp_path: Path, seed: int) -> None:
         spectra(path, ["kv"], layer=1)
     arrays = wan(np.random.default_rng(seed), layers=1, d=6)
     arrays["blocks.0.self_attn.norm_k.weight"][0] = bad
-    with pytest.raises(UserError, match="norm_k.*NaN or Inf"):
+    with pytest.raises(UserError, match=r"norm_k.*NaN or Inf"):
         spectra(write(tmp_path / "g.safetensors", arrays), ["kv"])
 
 
