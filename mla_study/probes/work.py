@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -350,7 +350,7 @@ def _ended(code: int, item: Item) -> str:
     )
 
 
-def serve(receive: Callable[[], tuple[Item, str]], replies: IO[bytes]) -> None:
+def serve(receive: Callable[[], tuple[Item, str]], answer: Callable[[bytes], object]) -> None:
     """A worker's loop until EOFError: an item in, a file in the store and a line of JSON out."""
     import traceback
 
@@ -373,5 +373,4 @@ def serve(receive: Callable[[], tuple[Item, str]], replies: IO[bytes]) -> None:
             ]
         except Exception:
             reply = ["crash", traceback.format_exc()]
-        replies.write(json.dumps(reply).encode() + b"\n")
-        replies.flush()
+        answer(json.dumps(reply).encode() + b"\n")

@@ -32,9 +32,13 @@ def main() -> None:
             traceback.print_exc()
             os._exit(1)
 
+    def answer(line: bytes) -> None:
+        replies.write(line)
+        replies.flush()
+
     threading.Thread(target=listen, daemon=True).start()
     with one_thread():
-        serve(inbox.get, replies)
+        serve(inbox.get, answer)
 
 
 if __name__ == "__main__":

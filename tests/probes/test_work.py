@@ -199,7 +199,7 @@ def test_an_error_of_our_own_shows_its_traceback(
         raise next(problems)
 
     monkeypatch.setattr(work, "measure", fail)
-    serve(receive, replies)
+    serve(receive, replies.write)
     first, second = (json.loads(line) for line in replies.getvalue().splitlines())
     assert first[0] == "crash" and "ZeroDivisionError: ours" in first[1]
     assert second[0] == "error" and "too little memory for block 'blocks.0.self_attn'" in second[1]
