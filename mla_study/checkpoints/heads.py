@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from mla_study.checkpoints.blocks import Block, Heads, Part
@@ -9,11 +10,8 @@ from mla_study.checkpoints.config_facts import ConfigFacts
 from mla_study.checkpoints.reader import Checkpoint
 from mla_study.errors import UserError
 
-_SHIFTED_GAINS = (
-    "gemma",
-    "qwen3_next",
-    "qwen3_5",
-)  # transformers multiplies by 1 + the stored gain
+# transformers multiplies by 1 + the stored gain
+_SHIFTED_GAINS = re.compile(r"gemma3(?!n)|t5gemma|qwen3_next|qwen3_5|step3p7")
 
 
 def find_norms(
@@ -29,7 +27,7 @@ def find_norms(
         size = checkpoint.tensors[name].shape[0]
         if not size or target.m % size or (role == "kv_norm" and size != target.m):
             block.remarks.append(f"{name} has {size} gains for {target.m} channels: ignored")
-        elif facts.model_type.startswith(_SHIFTED_GAINS) and checkpoint.format != "gguf":
+        elif _SHIFTED_GAINS.match(facts.model_type) and checkpoint.format != "gguf":
             block.remarks.append(f"{name} holds its gains less 1: not folded")
         else:
             kept[role] = name

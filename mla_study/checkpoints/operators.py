@@ -310,7 +310,8 @@ def _nothing(checkpoint: Checkpoint, found: Found) -> str:
     elif matrices:
         holds = f"its {len(matrices)} matrices are {shown}"
     else:
-        holds = f"it holds {len(checkpoint.tensors)} tensors and no matrix"
+        count = len(checkpoint.tensors)
+        holds = f"it holds {count} tensor{'s' if count != 1 else ''} and no matrix"
     return (
         f"{checkpoint.spec.path}: no attention projections found, {holds}{why}; "
         "name them with --map 'REGEX -> role', for example --map 'attn\\.key -> k'"
