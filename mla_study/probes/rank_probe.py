@@ -10,7 +10,8 @@ import fnmatch
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -68,7 +69,7 @@ def _words(given: str | Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Options:
-    """All that decides what a probe measures; lists may be given as 'kv,k' too.
+    """All that decides what a probe measures.
 
     Raises:
         UserError: an unknown operator, gauge or metric, or a count below 1.
@@ -90,7 +91,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, known in (("operators", OPERATORS), ("gauges", GAUGES)):
-            words = _words(getattr(self, name))
+            words = tuple(dict.fromkeys(getattr(self, name)))
             object.__setattr__(self, name, words)
             if not words:
                 raise UserError(f"no {name} are named: choose from {', '.join(known)}")
@@ -98,7 +99,6 @@ class Options:
                 if word not in known:
                     one = name.removesuffix("s")
                     raise UserError(f"there is no {one} {word!r}: choose from {', '.join(known)}")
-        object.__setattr__(self, "metrics", _words(self.metrics))
         for pattern in self.metrics:
             if not fnmatch.filter(METRICS + WEIGHTED_METRICS, pattern) and not pattern.startswith(
                 _OTHER_METRICS
@@ -112,6 +112,27 @@ class Options:
                 raise UserError(f"{name} is {value}, but it must be at least 1")
         if self.seed < 0:
             raise UserError(f"the seed is {self.seed}, but it must not be negative")
+
+    @classmethod
+    def of(cls, **given: Any) -> Options:
+        """The same from what people type: lists as 'kv,k', paths as Path.
+
+        Raises:
+            UserError: also for an option that there is not.
+        """
+        known = {f.name for f in fields(cls)}
+        for name, value in given.items():
+            if name not in known:
+                raise UserError(
+                    f"there is no option {name!r}: choose from {', '.join(sorted(known))}"
+                )
+            if name in ("operators", "gauges", "metrics"):
+                given[name] = _words(value)
+            elif name == "maps":
+                given[name] = (value,) if isinstance(value, str) else tuple(value)
+            elif isinstance(value, PurePath):
+                given[name] = str(value)
+        return cls(**given)
 
     @property
     def request(self) -> Request:

@@ -110,7 +110,7 @@ def probe(
     """
     job = Job(tuple(str(path) for path in paths))
     folder = None if out is None else Path(out)
-    return execute(job, Options(**options), folder, workers)[0].table
+    return execute(job, Options.of(**options), folder, workers)[0].table
 
 
 def execute(
