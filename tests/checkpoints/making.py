@@ -47,10 +47,10 @@ def save(
 
 
 def opened(
-    folder: Path, arrays: Mapping[str, np.ndarray], config: Any = None, **more: Any
+    folder: Path, arrays: Mapping[str, np.ndarray], beside: Any = None, **more: Any
 ) -> Checkpoint:
     """The checkpoint of :func:`save`; ``more`` are fields of OpenSpec."""
-    return open_checkpoint(OpenSpec(save(folder, arrays, config), **more))
+    return open_checkpoint(OpenSpec(save(folder, arrays, beside), **more))
 
 
 def find(
