@@ -7,6 +7,7 @@ other libraries are recorded beside a result, not hashed into it.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -98,8 +99,7 @@ class _Walk:
             return
         self.seen[name] = lazily
         package = name if source.name == "__init__.py" else parent
-        tree = ast.parse(source.read_bytes(), filename=str(source))
-        for statement in _imports(tree.body, lazily):
+        for statement in _imports_of(source.read_bytes(), lazily):
             for wanted in self._targets(statement, package):
                 self.visit(wanted, lazily=True)
 
@@ -115,6 +115,12 @@ class _Walk:
         for alias in statement.names:
             inner = f"{base}.{alias.name}"
             yield inner if self.source(inner) is not None else base
+
+
+@functools.lru_cache(maxsize=1024)
+def _imports_of(source: bytes, lazily: bool) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """Import statements of a module's source; parsed once, because a run asks several times."""
+    return tuple(_imports(ast.parse(source).body, lazily))
 
 
 def _imports(body: list[ast.stmt], lazily: bool) -> Iterator[ast.Import | ast.ImportFrom]:
