@@ -68,13 +68,14 @@ class LoraCheckpoint(Checkpoint):
             self._pairs[name if counts[name] == 1 else f"{pair.stem}.weight"] = pair
         self.tensors = {name: self._info(name, pair) for name, pair in self._pairs.items()}
         self.notes.append(
-            f"{len(self._pairs)} adapter pairs: their own products are probed; "
-            "--base CHECKPOINT merges them into the weights."
+            f"{_counted(len(self._pairs), 'adapter pair')}: the products by themselves are "
+            "probed; --base CHECKPOINT merges them into the weights."
         )
         if parsed.magnitudes:
+            count = _counted(len(parsed.magnitudes), "DoRA magnitude")
             self.notes.append(
-                f"{len(parsed.magnitudes)} DoRA magnitudes ({parsed.magnitudes[0]} ...) are left "
-                "out: the products alone are not the whole change."
+                f"{count} ({parsed.magnitudes[0]} ...) left out: the products alone are not the "
+                "whole change."
             )
         self._note_rest(parsed, [*parsed.rest, *parsed.diffs.values()])
 
@@ -82,9 +83,8 @@ class LoraCheckpoint(Checkpoint):
         if parsed.unmatched_scale:
             self.notes.append("no alpha in file or adapter_config.json: the products' scale is 1.")
         if rest:
-            self.notes.append(
-                f"{len(rest)} further tensors are no adapter pairs ({rest[0]} ...): left out."
-            )
+            count = _counted(len(rest), "tensor")
+            self.notes.append(f"{count} outside the adapter pairs ({rest[0]} ...) left out.")
 
     def _merge(self, parsed: Adapter, base: Checkpoint) -> None:
         if parsed.magnitudes:
@@ -101,9 +101,8 @@ class LoraCheckpoint(Checkpoint):
             foreign = set()
         for part, found in by_part.items():
             if part in foreign:
-                self.notes.append(
-                    f"{len(found)} adapter pairs of {part!r} belong to another model: left out."
-                )
+                count = _counted(len(found), "adapter pair")
+                self.notes.append(f"{count} of {part!r}, another model's, left out.")
                 continue
             for pair, target in found:
                 self._aim(pair, target, base)
@@ -116,9 +115,9 @@ class LoraCheckpoint(Checkpoint):
             elif component(stem) not in foreign:
                 left.append(name)
         self.tensors = dict(base.tensors)
-        merged = f"{len(self._pairs)} adapter pairs"
+        merged = _counted(len(self._pairs), "adapter pair")
         if self._diffs:
-            merged += f" and {len(self._diffs)} full differences"
+            merged += f" and {_counted(len(self._diffs), 'full difference')}"
         self.notes.append(f"{merged} merged into {base.spec.path}.")
         self._note_rest(parsed, left)
 
@@ -143,7 +142,7 @@ class LoraCheckpoint(Checkpoint):
 
     def _check(self, pair: Pair) -> None:
         down, up = (self._adapter.tensors[n].shape for n in (pair.down, pair.up))
-        flat_up = len(up) >= 2 and up[1:] == (down[0], *(1,) * (len(up) - 2))
+        flat_up = len(up) >= 2 and up[1:] == (*down[:1], *(1,) * (len(up) - 2))
         if len(down) < 2 or not flat_up or 0 in down or 0 in up:
             raise UserError(
                 f"{self.spec.path}: the adapter of {pair.stem!r} has shapes {list(up)} and "
@@ -209,6 +208,10 @@ class LoraCheckpoint(Checkpoint):
             return self._base._is_fp8_weight(name)
         pair = self._pairs[name]
         return any(self._adapter._is_fp8_weight(n) for n in (pair.down, pair.up))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _of_adapter(config: dict[str, object] | None) -> bool:
