@@ -110,8 +110,16 @@ def _expected(
     return frozenset(range(count))
 
 
-def number_layers(found: Found, facts: ConfigFacts, given: int | None) -> None:
+def number_layers(
+    found: Found, facts: ConfigFacts, given: int | None = None, config: str = "the config"
+) -> None:
     """Give each block its layer, and name the missing ones where config or ``--layers`` tells.
+
+    Args:
+        found: its attentions are numbered and sorted, its missing layers filled in.
+        facts: what the config says.
+        given: ``--layers``.
+        config: what to call the config in an error.
 
     Raises:
         UserError: a number of layers that no model has.
@@ -119,7 +127,7 @@ def number_layers(found: Found, facts: ConfigFacts, given: int | None) -> None:
     checked_layers(given, "--layers")
     for one in (facts, *(part for _, part in facts.parts)):
         if given is None:
-            checked_layers(one.layers, "the config")
+            checked_layers(one.layers, config)
     found.expected_layers = given or facts.layers
     result: list[Attention] = []
     missing: set[int | str] = set()
@@ -133,7 +141,10 @@ def number_layers(found: Found, facts: ConfigFacts, given: int | None) -> None:
         if len(stacks) == 1 and stacks[0].indices is not None:
             stack, own = stacks[0], stacks[0].indices
             result += [replace(a, layer=i) for a, i in zip(stack.attentions, own, strict=True)]
-            lacking |= (_expected(stack, facts, given, True) or frozenset()) - set(own)
+            gone = (_expected(stack, facts, given, True) or frozenset()) - set(own)
+            # the number alone means the whole layer
+            plain = kind == "self" or "self" not in checked
+            lacking |= {i if plain or i in missing else stack.name(i) for i in gone}
         else:
             result += _several(stacks, facts, given, lacking)
             if sum(len(s.attentions) for s in stacks) > 1:

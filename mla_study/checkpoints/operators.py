@@ -92,7 +92,7 @@ def find_operators(
         raise UserError(_nothing(checkpoint, found))
     _mark_decoders(found)
     _note_incomplete(blocks, found)
-    number_layers(found, facts, layers)
+    number_layers(found, facts, layers, checkpoint.config_path or checkpoint.spec.path)
     return found
 
 

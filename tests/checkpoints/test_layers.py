@@ -66,7 +66,7 @@ def test_encoder_comes_before_decoder(tmp_path: Path) -> None:
     assert found.missing_layers == []
     gone = made(encoder[0], encoder[2], *decoder[:3], *cross[:3])
     _, found = find(tmp_path, gone, config)
-    assert found.missing_layers == [3, decoder[3], encoder[1]]
+    assert found.missing_layers == [decoder[3], cross[3], encoder[1]]
     assert layers(found)[decoder[0]] == 3
     # the encoder alone, as a text encoder is shipped
     _, found = find(tmp_path, made(*encoder), config)
@@ -132,7 +132,11 @@ def test_wan_needs_both_attentions(tmp_path: Path) -> None:
     _, found = find(tmp_path, made(*blocks), config)
     assert found.missing_layers == []
     _, found = find(tmp_path, made(*[b for b in blocks if b != "blocks.1.cross_attn"]), config)
+    assert found.missing_layers == ["blocks.1.cross_attn"]
+    _, found = find(tmp_path, made(*[b for b in blocks if ".1." not in b]), config)
     assert found.missing_layers == [1]
+    _, found = find(tmp_path, made(*[b for b in blocks if "self" not in b][:2]), config)
+    assert found.missing_layers == [2]
     _, found = find(tmp_path, made(*[b for b in blocks if "cross" not in b]), config)
     assert found.missing_layers == []  # a file of self-attention only
 
@@ -172,10 +176,10 @@ def test_too_many_layers(tmp_path: Path) -> None:
     arrays = made("blocks.0.attn")
     start = time.process_time()
     for config, options, says in (
-        ({"num_layers": 10**9}, {}, "the config says that there are 1e\\+09 layers"),
+        ({"num_layers": 10**9}, {}, r"config\.json says that there are 1e\+09 layers"),
         ({"num_hidden_layers": 1e12}, {}, "give the number with --layers"),
         ({"num_layers": 2}, {"layers": 10**9}, "--layers says"),
-        ({"encoder_layers": 10**12}, {}, "the config says"),
+        ({"encoder_layers": 10**12}, {}, "says that there are"),
     ):
         with pytest.raises(UserError, match=says):
             find(tmp_path, arrays, config, **options)
