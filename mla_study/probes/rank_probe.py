@@ -315,6 +315,7 @@ def probe_sources(
     seen = [0, dense.bytes_read if dense else 0]
     for source in sources:
         opened = inspect(source, options)
+        keep_open(opened.checkpoint)
         seen[1] += opened.checkpoint.bytes_read
         reports.append(opened.report)
         attentions = opened.report.found.attentions
@@ -325,7 +326,6 @@ def probe_sources(
             planned.append((source, item))
         if dense is not None:
             dense.check(source, attentions)
-        keep_open(opened.checkpoint)
     items = [*(dense.items.values() if dense else ()), *(item for _, item in planned)]
 
     def tick(finished: int, read: int) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "Measured",
     "Store",
     "close_all",
+    "closing",
     "default_workers",
     "identity",
     "keep_open",
@@ -132,6 +133,15 @@ def close_all() -> None:
     """Close the checkpoints that :func:`measure` left open in this process."""
     while _open:
         _open.popitem()[1].close()
+
+
+@contextlib.contextmanager
+def closing() -> Generator[None]:
+    """Close at the end what stayed open, whatever happened."""
+    try:
+        yield
+    finally:
+        close_all()
 
 
 def _opened(item: Item) -> tuple[Checkpoint, int]:
@@ -281,14 +291,14 @@ def _run_processes(
     for _ in range(workers):
         waiting.put(None)
     answers: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    children: list[subprocess.Popen[bytes]] = []
+    children: list[tuple[subprocess.Popen[bytes], threading.Thread]] = []
     try:
         for _ in range(workers):
             child = _start()
-            children.append(child)
             feed = threading.Thread(
                 target=_feed, args=(child, waiting, answers, store), daemon=True
             )
+            children.append((child, feed))
             feed.start()
         for _ in todo:
             kind, value = answers.get()
@@ -299,9 +309,15 @@ def _run_processes(
             if progress:
                 progress(1, value)
     finally:
-        for child in children:
+        for child, _ in children:
             child.kill()
-        for child in children:
+        for child, feed in children:
+            if feed.ident is not None:
+                feed.join()
+            for pipe in (child.stdin, child.stdout):
+                with contextlib.suppress(OSError):  # what was not sent yet
+                    if pipe is not None:
+                        pipe.close()
             child.wait()
 
 

@@ -1,4 +1,4 @@
-"""Real pretrained weights that come as Python packages: located where pip put them, never fetched."""
+"""Real pretrained weights that come as Python packages: located, never fetched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEMOS = {
 
 
 def demo_weights(name: str) -> Path:
-    """The weight file of a demo package; :class:`UserError` says how to get it when it is absent."""
+    """The weight file of a demo package; where it is absent UserError says how to get it."""
     if name not in DEMOS:
         raise UserError(f"there are no demo weights {name!r}: choose from {', '.join(DEMOS)}")
     distribution, inside, _ = DEMOS[name]

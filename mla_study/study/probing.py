@@ -19,7 +19,7 @@ from mla_study.probes.rank_probe import UNITS, Options, Probed, Report, inspect,
 from mla_study.probes.series import compare, parse_series, probe_series
 from mla_study.probes.store import locked
 from mla_study.probes.table import Source
-from mla_study.probes.work import Store
+from mla_study.probes.work import Store, closing
 from mla_study.study.demo import resolve
 from mla_study.study.runs import Validity, code_hash, file_sha256, run_record, write_result
 
@@ -130,7 +130,7 @@ def execute(
     from mla_study.study.observe import Stopwatch
 
     sources = job.sources()
-    with _blocks(out) as folder, Stopwatch() as watch:
+    with _blocks(out) as folder, Stopwatch() as watch, closing():
         store = Store(folder, code_hash(*MODULES))
         with progress_bar() as progress:
             if job.pair is not None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def items_of(path: Path, options: Options | None = None, subspace: int = 0) -> l
     found = [opened.item(a, request) for a in opened.report.found.attentions]
     opened.checkpoint.close()
     return found
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    work.close_all()
 
 
 @pytest.fixture
