@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -9,6 +11,15 @@ import numpy as np
 import pytest
 
 from checkpoints.range_server import Site, Start, serve
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _files_closed() -> Iterator[None]:
+    """Files that a test left open are closed here, not in the middle of somebody else's test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture
