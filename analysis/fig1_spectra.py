@@ -172,7 +172,7 @@ def draw(out_dir: str, checkpoint: str = "", covariance: str = "", gauge: str = 
         for number, label in enumerate(dict.fromkeys(rows["checkpoint"])):
             color = f"C{number}"
             mine = curves[curves["checkpoint"] == label]
-            _spectra_panel(axes[0, 0], mine, color, NAMES.get(label, label))
+            _spectra_panel(axes[0, 0], mine, color, NAMES.get(str(label), str(label)))
             _energy_panel(axes[0, 1], mine, color)
             _rank_panel(axes[1, 0], rows[rows["checkpoint"] == label], color)
         _null_curves(axes[0, 0], axes[0, 1])
@@ -245,7 +245,7 @@ def _quoted_marks(energy: Axes, rank: Axes, quoted: pd.DataFrame) -> None:
     held = quoted.set_index("quantity")
     at = held.loc["energy_at_192"]
     energy.plot([1 / 8], [at["low"]], "x", color="k", ms=4, mew=0.9, zorder=6)
-    r = held.loc["r_0.99"]
+    r = {name: float(held[name]["r_0.99"]) for name in ("low", "high", "of")}
     rank.axhspan(
         r["low"] / r["of"], r["high"] / r["of"], facecolor="none", edgecolor="0.35",
         hatch="//////", lw=0.0, zorder=0,

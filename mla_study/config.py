@@ -1,7 +1,7 @@
-"""Every default of the project: frozen dataclasses, and presets named after the models of the paper.
+"""Every default of the project: frozen dataclasses, and presets named after the paper's models.
 
-Unknown keys are an error, JSON goes both ways, and :func:`config_hash` is stable across machines and
-Python versions (canonical JSON, SHA-256).
+Unknown keys are an error, JSON goes both ways, and :func:`config_hash` is stable across machines
+and Python versions (canonical JSON, SHA-256).
 
 Example::
 
@@ -30,9 +30,7 @@ def _positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if value < 1:
-            raise UserError(
-                f"{type(owner).__name__}.{name} is {value}, but it must be at least 1."
-            )
+            raise UserError(f"{type(owner).__name__}.{name} is {value}, but it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class WindowConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Rectified flow (method, section "Training"): timestep shift, grid and the few-step schedule."""
+    """Rectified flow (method, "Training"): timestep shift, grid and the few-step schedule."""
 
     shift: float = 5.0
     train_timesteps: int = 1000
@@ -236,7 +234,7 @@ def preset(name: str, latent: bool = False) -> ModelConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A plain dictionary of a config dataclass: tuples become lists, nested configs dictionaries."""
+    """A plain dictionary of a config dataclass: tuples become lists, configs dictionaries."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -278,7 +276,8 @@ def from_dict(data: Any, cls: type[C] = ModelConfig, where: str = "the config") 
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}."
+            others = f"known are {', '.join(sorted(known))}."
+            hint = f"did you mean '{near[0]}'?" if near else others
             raise UserError(f"{where} has an unknown key '{key}' for {cls.__name__}: {hint}")
     hints = typing.get_type_hints(cls)
     values = {key: _convert(value, hints[key], f"{where}, {key}") for key, value in data.items()}
@@ -302,7 +301,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return tuple(_convert(v, k, where) for v, k in zip(value, kinds, strict=True))
     if origin is Literal:
         if value not in args:
-            raise UserError(f"{where} is {value!r}, but one of {', '.join(map(str, args))} is needed.")
+            choices = ", ".join(map(str, args))
+            raise UserError(f"{where} is {value!r}, but one of {choices} is needed.")
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

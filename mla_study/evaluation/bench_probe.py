@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
-from scipy.linalg import blas
+from scipy.linalg.blas import dsyrk  # pyright: ignore[reportAttributeAccessIssue,reportUnknownVariableType]
 
 from mla_study.errors import UserError
 from mla_study.probes.eigenvalues import symmetric_eigenvalues, two_stage_solver
@@ -111,12 +111,12 @@ def _floor(layers: int, width: int, work: tuple[int, int]) -> float:
     """CPU seconds of nothing but dsyrk and eigenvalues, on matrices of these shapes."""
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((width, width))
-    gram = blas.dsyrk(1.0, weight.T, lower=1)
+    gram = dsyrk(1.0, weight.T, lower=1)
     grams, problems = work
 
     def once() -> None:
         for _ in range(grams):
-            blas.dsyrk(1.0, weight.T, lower=1)
+            dsyrk(1.0, weight.T, lower=1)
         for _ in range(problems):
             symmetric_eigenvalues(gram.copy(order="F"), overwrite=True)
 
@@ -184,7 +184,7 @@ def _weightwatcher(path: Path, layers: int) -> float:
 def _nearer_ways(width: int) -> dict[str, float]:
     """CPU seconds of the ways to the eigenvalues of one Gram of this width."""
     rng = np.random.default_rng(2)
-    gram = blas.dsyrk(1.0, rng.standard_normal((2 * width, width)).T, lower=1)
+    gram = dsyrk(1.0, rng.standard_normal((2 * width, width)).T, lower=1)
     single = np.asfortranarray(gram, dtype=np.float32)
 
     def plain(matrix: np.ndarray) -> Callable[[], object]:
