@@ -28,7 +28,9 @@ def test_hash_is_the_same_in_another_process_and_differs_between_presets() -> No
     code = "from mla_study.config import *; print(config_hash(wan_1_3b(True)))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == config.config_hash(config.wan_1_3b(True))
-    hashes = {config.config_hash(p(latent)) for p in config.PRESETS.values() for latent in (0, 1)}
+    hashes = {
+        config.config_hash(p(latent)) for p in config.PRESETS.values() for latent in (False, True)
+    }
     assert len(hashes) == 2 * len(config.PRESETS)
 
 
@@ -48,7 +50,7 @@ def test_the_paper_s_numbers() -> None:
     ("text", "said"),
     [
         ('{"widht": 3}', "width"),
-        ('{"latent": {"d_k": 3}}', "d_c"),
+        ('{"latent": {"d_rop": 3}}', "d_rope"),
         ('{"width": "3"}', "int is needed"),
         ('{"width": true}', "int is needed"),
         ('{"patch": [1, 2]}', "3 are needed"),
