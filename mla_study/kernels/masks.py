@@ -1,9 +1,9 @@
 """Who sees whom, as data: one rule, seen as segments, dense mask, flex BlockMask or text.
 
-All masks of the study are constant on pairs of latent frames, and all frames of a chunk see the same
-keys. So a rule is a list of :class:`Segment`: some query frames, the key frames that they see, and the
-temporal position that each has in the rotary frame of that segment. Attention runs segment by
-segment without any mask; the dense and flex views are for checking and for comparison.
+All masks of the study are constant on pairs of latent frames, and all frames of a chunk see the
+same keys. So a rule is a list of :class:`Segment`: some query frames, the key frames that they see,
+and the temporal position that each has in the rotary frame of that segment. Attention runs segment
+by segment without any mask; the dense and flex views are for checking and for comparison.
 """
 
 from __future__ import annotations
@@ -35,10 +35,25 @@ class Segment:
 
 @dataclass(frozen=True)
 class Visibility:
-    """The rule for a sequence of ``frames`` latent frames."""
+    """The rule for a sequence of ``frames`` latent frames.
+
+    ``times`` is the frame of the video that each of them shows (teacher forcing has two copies of
+    every frame); None: 0, 1, 2 ... Segments hold every query frame once, in order.
+    """
 
     frames: int
     segments: tuple[Segment, ...]
+    times: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        queries = [q for segment in self.segments for q in segment.queries]
+        if queries != list(range(self.frames)):
+            raise ValueError(f"segments ask for frames {queries}, not 0 .. {self.frames - 1}")
+
+    @property
+    def frame_times(self) -> tuple[int, ...]:
+        """``times``, spelt out."""
+        return tuple(range(self.frames)) if self.times is None else self.times
 
     def dense(self) -> np.ndarray:
         """bool [frames, frames]: query frame sees key frame."""
@@ -69,16 +84,15 @@ class Visibility:
         """One line a query frame: '#' where it sees, '.' where not, then the key positions."""
         labels = list(names or [str(i) for i in range(self.frames)])
         width = max(map(len, labels))
-        by_query = {q: s for s in self.segments for q in s.queries}
+        cells = self.dense()
         lines: list[str] = []
-        for frame, row in enumerate(self.dense()):
-            segment = by_query[frame]
-            at = dict(zip(segment.queries, segment.query_positions, strict=True))[frame]
+        for segment in self.segments:
             keys = " ".join(
                 f"{labels[k]}@{p}" for k, p in zip(segment.keys, segment.key_positions, strict=True)
             )
-            cells = "".join("#" if seen else "." for seen in row)
-            lines.append(f"{labels[frame]:>{width}} @{at:<3} {cells}  {keys}")
+            for frame, at in zip(segment.queries, segment.query_positions, strict=True):
+                row = "".join("#" if seen else "." for seen in cells[frame])
+                lines.append(f"{labels[frame]:>{width}} @{at:<3} {row}  {keys}")
         return "\n".join(lines)
 
 
@@ -95,7 +109,7 @@ def chunks_of(frames: int, chunk: int, first: int | None = None) -> list[tuple[i
         UserError: the frames do not fill whole chunks.
     """
     start = first or 0
-    if frames < 1 or chunk < 1 or (frames - start) % chunk:
+    if frames < 1 or chunk < 1 or start < 0 or start > frames or (frames - start) % chunk:
         raise UserError(
             f"{frames} frames do not make whole chunks of {chunk}"
             + (f" after a first one of {first}" if first else "")
@@ -120,8 +134,9 @@ def chunk_causal(
 ) -> Visibility:
     """A chunk sees itself and the window before it: what the rollout does, in one pass.
 
-    ``window`` None keeps all earlier frames. With ``relative`` positions each chunk counts the
-    frames that it sees from 0, so that the sink's keys are rotated anew for each chunk.
+    ``window`` None keeps all earlier frames; the size of a chunk is ``chunk``, whatever the window
+    says. With ``relative`` positions each chunk counts the frames that it sees from 0, so that the
+    sink's keys are rotated anew for each chunk.
     """
     segments: list[Segment] = []
     for mine in chunks_of(frames, chunk, first):
@@ -148,6 +163,17 @@ def segment_of(
     return Segment(queries, keys, times, key_times)
 
 
+def step_of(chunk: Sequence[int], held: Sequence[int], positions: Positions) -> Segment:
+    """One step of the rollout: the frames of ``chunk`` see all slots of a cache.
+
+    Args:
+        chunk: ids of the frames that are being made.
+        held: ids of the frames in the cache's slots, in slot order, the chunk's among them.
+    """
+    queries, keys = tuple(range(len(chunk))), tuple(range(len(held)))
+    return segment_of(queries, keys, tuple(held), positions, tuple(chunk))
+
+
 def teacher_forcing(
     frames: int,
     chunk: int,
@@ -159,13 +185,13 @@ def teacher_forcing(
     Clean chunks see themselves and earlier clean ones; a noisy chunk sees itself and the *clean*
     frames before it. With ``window`` both see no more than the rollout does, sink included.
     """
-    segments: list[Segment] = []
+    clean: list[Segment] = []
+    noisy: list[Segment] = []
     sink, history = (0, None) if window is None else (window.sink, window.history)
     for mine in chunks_of(frames, chunk):
         past = window_frames(mine[0], sink, history)
         times = (*past, *mine)
-        noisy = tuple(frames + f for f in mine)
-        segments.append(segment_of(mine, times, times, positions))
-        segments.append(segment_of(noisy, (*past, *noisy), times, positions, mine))
-    order = sorted(segments, key=lambda s: s.queries[0])
-    return Visibility(2 * frames, tuple(order))
+        copy = tuple(frames + f for f in mine)
+        clean.append(segment_of(mine, times, times, positions))
+        noisy.append(segment_of(copy, (*past, *copy), times, positions, mine))
+    return Visibility(2 * frames, (*clean, *noisy), (*range(frames), *range(frames)))

@@ -35,9 +35,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B c"]) -> Float[Tensor, "*B c"]:
         """x / rms(x) * weight."""
-        work = x if x.dtype == torch.float64 else x.float()
-        normal = work * torch.rsqrt(work.square().mean(-1, keepdim=True) + self.eps)
-        return normal.type_as(x) * self.weight
+        size = self.weight.shape
+        if x.dtype in (torch.float32, torch.float64) and self.weight.dtype == x.dtype:
+            return F.rms_norm(x, size, self.weight, self.eps)
+        return F.rms_norm(x.float(), size, None, self.eps).type_as(x) * self.weight
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,25 @@ class Piece:
     key_rotation: Rotation
 
 
-class LayerMemory(Protocol):
-    """What a cache offers one layer: the entries of the past joined to those of this call."""
+class LayerStep(Protocol):
+    """One pass of one layer over a cache."""
 
-    def extend(self, entry: Entry) -> Entry: ...
+    def extend(self, entry: Entry) -> Entry:
+        """Record the entries of this pass; those of past and present, in slot order."""
+        ...
+
+
+class LayerMemory(Protocol):
+    """What a cache offers one layer."""
+
+    @property
+    def frames(self) -> Sequence[int]:
+        """Ids of the frames that the next pass is about."""
+        ...
+
+    def step(self) -> LayerStep:
+        """Begin a pass."""
+        ...
 
 
 def _take(x: Tensor, where: tuple[slice, ...] | None) -> Tensor:
@@ -83,7 +99,7 @@ class SelfAttention(nn.Module):
         self,
         x: Float[Tensor, "B L d"],
         pieces: Sequence[Piece],
-        memory: LayerMemory | None = None,
+        memory: LayerStep | None = None,
     ) -> Float[Tensor, "B L d"]:
         """Attend; with ``memory`` the keys of the pieces index past and present together."""
         query, entry = self.query(x), self.entry(x)
@@ -184,15 +200,14 @@ class CrossAttention(nn.Module):
         self.heads = config.heads
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
-        self.image = config.model_type == "i2v"
-        if self.image:
+        if config.model_type == "i2v":
             self.k_img, self.v_img = nn.Linear(d, d), nn.Linear(d, d)
             self.norm_k_img = RMSNorm(d, config.eps)
 
     def keys(self, context: Float[Tensor, "B T d"], image: Tensor | None = None) -> list[Entry]:
         """Keys and values [B, H, T, D] of the text, and of the image where there is one."""
         pairs = [(self.norm_k(self.k(context)), self.v(context))]
-        if self.image and image is not None:
+        if image is not None:
             pairs.append((self.norm_k_img(self.k_img(image)), self.v_img(image)))
         return [(self._split(k), self._split(v)) for k, v in pairs]
 
@@ -202,6 +217,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B L d"], keys: Sequence[Entry]) -> Float[Tensor, "B L d"]:
         """Attend to :meth:`keys`; branches add up before the output projection."""
         q = self._split(self.norm_q(self.q(x)))
-        out = sum(F.scaled_dot_product_attention(q, k, v) for k, v in keys)
-        assert isinstance(out, Tensor)
+        out, *more = [F.scaled_dot_product_attention(q, k, v) for k, v in keys]
+        for branch in more:
+            out = out + branch
         return self.o(out.transpose(1, 2).flatten(2))

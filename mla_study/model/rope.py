@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from mla_study.errors import UserError
@@ -31,7 +31,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 
 
 def inverse_frequencies(pairs: int, base: float) -> Float[Tensor, " pairs"]:
-    """base^(-i / pairs) for i = 0 .. pairs - 1, float64: one axis of Wan's embedding, fastest first."""
+    """base^(-i / pairs) for i = 0 .. pairs - 1, float64: one axis, the fastest pair first."""
     exponent = torch.arange(pairs, dtype=torch.float64) / max(pairs, 1)
     return torch.pow(torch.tensor(base, dtype=torch.float64), -exponent)
 
@@ -40,8 +40,8 @@ def inverse_frequencies(pairs: int, base: float) -> Float[Tensor, " pairs"]:
 class RotaryEmbedding:
     """Angles of a head's rotary pairs on a grid of frames x height x width.
 
-    ``kept`` takes the first (fastest) pairs of each axis of the split of ``head_dim``: the decoupled
-    key of latent attention keeps (6, 5, 5) of (22, 21, 21). None keeps all of them.
+    ``kept`` takes the first (fastest) pairs of each axis of the split of ``head_dim``: the
+    decoupled key of latent attention keeps (6, 5, 5) of (22, 21, 21). None keeps all of them.
     """
 
     head_dim: int
@@ -97,28 +97,28 @@ class RotaryEmbedding:
         width: int,
         dtype: torch.dtype = torch.float32,
     ) -> Rotation:
-        """Cosines and sines of :meth:`angles`, computed in float64 and then cast."""
+        """:meth:`angles` as a rotation in ``dtype``, computed in float64 and then cast."""
         angles = self.angles(frames, height, width)
-        return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+        return Rotation(torch.complex(angles.cos().to(dtype), angles.sin().to(dtype)))
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosine and sine [L, P] of the tokens of one sequence."""
+    """cos + i sin [L, P] of the tokens of one sequence."""
 
-    cos: Float[Tensor, "L P"]
-    sin: Float[Tensor, "L P"]
+    cis: Complex[Tensor, "L P"]
 
-    def apply(self, x: Float[Tensor, "B L H C"]) -> Float[Tensor, "B L H C"]:
+    def apply(self, x: Float[Tensor, "B L2 H C"]) -> Float[Tensor, "B L2 H C"]:
         """Rotate the 2P channels of every head, pairs interleaved; in float32 at least.
 
         Tokens beyond the table (padding) are returned as they are.
         """
-        tokens = self.cos.shape[0]
+        tokens, pairs = self.cis.shape
         if x.shape[1] > tokens:
             return torch.cat([self.apply(x[:, :tokens]), x[:, tokens:]], dim=1)
-        work = x.to(torch.promote_types(x.dtype, self.cos.dtype))
-        even, odd = work[..., 0::2], work[..., 1::2]
-        cos, sin = self.cos[None, :, None, :], self.sin[None, :, None, :]
-        out = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        return out.flatten(-2).to(x.dtype)
+        cis = self.cis.to(torch.complex128) if x.dtype == torch.float64 else self.cis
+        work = x.to(cis.real.dtype)
+        if any(s % 2 for s in (*work.stride()[:-1], work.storage_offset())):
+            work = work.clone(memory_format=torch.contiguous_format)
+        turned = torch.view_as_complex(work.unflatten(-1, (pairs, 2))) * cis[None, :, None, :]
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)

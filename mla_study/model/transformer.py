@@ -1,6 +1,7 @@
 """The Wan2.1 transformer: bidirectional teacher and chunk-causal student from the same weights.
 
-Shapes: B batch, F latent frames, C channels, height x width of the latent, d width, L = F h w tokens.
+Shapes: B batch, F latent frames, C channels, height x width of the latent, d width, L = F h w
+tokens.
 Parameter names are those of the original Wan checkpoints; latent self-attention adds its own.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +20,17 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from mla_study.config import ModelConfig
 from mla_study.errors import UserError
-from mla_study.kernels.masks import Visibility, bidirectional
+from mla_study.kernels.masks import Positions, Segment, Visibility, bidirectional, step_of
 from mla_study.model.attention import (
     CrossAttention,
     DenseSelfAttention,
     Entry,
     LatentSelfAttention,
     LayerMemory,
+    LayerStep,
     Piece,
 )
-from mla_study.model.rope import RotaryEmbedding
+from mla_study.model.rope import RotaryEmbedding, Rotation
 
 
 def timestep_embedding(t: Float[Tensor, "*B"], size: int) -> Float[Tensor, "*B size"]:
@@ -80,7 +83,7 @@ class Block(nn.Module):
         time: Float[Tensor, "B F 6 d"],
         pieces: Sequence[Piece],
         cross: Sequence[Entry],
-        memory: LayerMemory | None = None,
+        memory: LayerStep | None = None,
     ) -> Float[Tensor, "B L d"]:
         """One block; ``time`` is the projected timestep embedding of each frame."""
         frames = time.shape[1]
@@ -136,6 +139,30 @@ class ImageProjection(nn.Module):
         return self.proj(image)
 
 
+class LearnedPositions(nn.Module):
+    """Learned embeddings of the place in a frame, and of the first frame of a video.
+
+    Wan has neither; the miniature needs both. The table has the token grid of
+    ``config.latent_size``; on another grid it is interpolated.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        rows, columns = (s // p for s, p in zip(config.latent_size, config.patch[1:], strict=True))
+        self.space = nn.Parameter(torch.randn(1, config.width, rows, columns) * 0.02)
+        self.first = nn.Parameter(torch.randn(config.width) * 0.02)
+
+    def forward(
+        self, x: Float[Tensor, "B d F h w"], times: Sequence[int]
+    ) -> Float[Tensor, "B d F h w"]:
+        """Add them; ``times`` are the frames of the video that x shows."""
+        space = self.space
+        if space.shape[2:] != x.shape[3:]:
+            space = F.interpolate(space, tuple(x.shape[3:]), mode="bilinear")
+        first = torch.tensor([time == 0 for time in times], dtype=x.dtype, device=x.device)
+        return x + space[:, :, None] + first[:, None, None] * self.first[:, None, None, None]
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Cross-attention keys and values of every block, made once for a prompt."""
@@ -154,12 +181,16 @@ class WanTransformer(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, d), nn.GELU("tanh"), nn.Linear(d, d)
         )
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
         if config.model_type == "i2v":
             self.img_emb = ImageProjection(d)
+        if config.learned_positions:
+            self.position_embedding = LearnedPositions(config)
         self.recompute = False
         kept = None if config.latent is None else config.latent.rope_pairs
         self.rope = RotaryEmbedding(config.head_dim, config.rope_base, kept)
@@ -183,33 +214,72 @@ class WanTransformer(nn.Module):
         text = self.text_embedding(F.pad(context.to(dtype), (0, 0, 0, missing)))
         pixels = None
         if image is not None:
+            if self.config.model_type != "i2v":
+                raise UserError("an image was given, but this model takes text only")
             pixels = self.img_emb(image.to(dtype))
-        keys = [tuple(block.cross_attn.keys(text, pixels)) for block in self.blocks]
-        return Conditioning(tuple(keys))
+        blocks = cast("Sequence[Block]", self.blocks)
+        return Conditioning(tuple(tuple(b.cross_attn.keys(text, pixels)) for b in blocks))
 
     def pieces(
         self, rule: Visibility, height: int, width: int, device: torch.device
     ) -> list[Piece]:
-        """A rule in tokens, with the rotations of each segment; used by all layers."""
-        tokens = height * width
-        dtype = torch.float64 if self.patch_embedding.weight.dtype == torch.float64 else torch.float32
-        tables: dict[tuple[int, ...], object] = {}
+        """A rule in tokens, with the rotations of each segment; used by all layers.
 
-        def turn(positions: tuple[int, ...]) -> object:
+        Args:
+            height, width: token grid of a frame.
+        """
+        return self._pieces(rule.segments, rule.frames, rule.frames, height, width, device)
+
+    def step_pieces(
+        self,
+        chunk: Sequence[int],
+        held: Sequence[int],
+        positions: Positions,
+        height: int,
+        width: int,
+        device: torch.device,
+    ) -> list[Piece]:
+        """The same for a rollout's step, good for all passes over a chunk.
+
+        Args:
+            chunk: ids of the frames that are being made.
+            held: what :meth:`~mla_study.model.cache.RollingCache.begin` returned for them.
+            height, width: token grid of a frame.
+        """
+        step = step_of(chunk, held, positions)
+        return self._pieces([step], len(chunk), len(held), height, width, device)
+
+    def _pieces(
+        self,
+        segments: Sequence[Segment],
+        queries: int,
+        keys: int,
+        height: int,
+        width: int,
+        device: torch.device,
+    ) -> list[Piece]:
+        double = self.patch_embedding.weight.dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        tables: dict[tuple[int, ...], Rotation] = {}
+
+        def turn(positions: tuple[int, ...]) -> Rotation:
             if positions not in tables:
                 times = torch.tensor(positions, device=device)
                 tables[positions] = self.rope.table(times, height, width, dtype)
             return tables[positions]
 
-        everything = tuple(range(rule.frames))
-        made: list[Piece] = []
-        for segment in rule.segments:
-            queries = None if segment.queries == everything else _slices(segment.queries, tokens)
-            keys = None if segment.keys == everything else _slices(segment.keys, tokens)
-            made.append(
-                Piece(queries, keys, turn(segment.query_positions), turn(segment.key_positions))  # type: ignore[arg-type]
+        def where(frames: tuple[int, ...], total: int) -> tuple[slice, ...] | None:
+            return None if frames == tuple(range(total)) else _slices(frames, height * width)
+
+        return [
+            Piece(
+                where(segment.queries, queries),
+                where(segment.keys, keys),
+                turn(segment.query_positions),
+                turn(segment.key_positions),
             )
-        return made
+            for segment in segments
+        ]
 
     def forward(
         self,
@@ -228,24 +298,30 @@ class WanTransformer(nn.Module):
             conditioning: from :meth:`condition`.
             rule: who sees whom; None: every frame sees every frame.
             pieces: the rule in tokens, where the caller has it ready (rollout).
-            memory: one cache view a layer.
+            memory: one cache view a layer, where the past lies in a cache; needs ``pieces``.
 
         Raises:
-            UserError: channels or sizes that do not fit the config.
+            UserError: channels, sizes or timesteps that do not fit.
         """
         config = self.config
         frames, height, width = self._grid(x)
         tokens = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
+        rule = rule or bidirectional(frames)
+        if config.learned_positions:
+            times = rule.frame_times if memory is None else memory[0].frames
+            tokens = self.position_embedding(tokens, times)
         tokens = tokens.flatten(2).transpose(1, 2)
         if pieces is None:
-            pieces = self.pieces(rule or bidirectional(frames), height, width, x.device)
-        t = t[:, None] if t.ndim == 1 else t
+            if memory is not None or rule.frames != frames:
+                raise ValueError("a cache needs the pieces of its step, and a rule all its frames")
+            pieces = self.pieces(rule, height, width, x.device)
+        t = _per_frame(t, x.shape[0], frames)
         e = self.time_embedding(timestep_embedding(t, config.freq_dim).to(tokens.dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, config.width))
         if e.shape[1] != frames:
             e, e0 = e.expand(-1, frames, -1), e0.expand(-1, frames, -1, -1)
         for index, block in enumerate(self.blocks):
-            held = None if memory is None else memory[index]
+            held = None if memory is None else memory[index].step()
             keys = conditioning.keys[index]
             if self.recompute and torch.is_grad_enabled():
                 tokens = recompute(block, tokens, e0, pieces, keys, held, use_reentrant=False)
@@ -273,6 +349,19 @@ class WanTransformer(nn.Module):
         x = x.unflatten(-1, (p, q, r, c)).unflatten(1, (frames, height, width))
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.reshape(x.shape[0], c, frames * p, height * q, width * r)
+
+
+def _per_frame(t: Tensor, batch: int, frames: int) -> Tensor:
+    """Timesteps [B or 1, F or 1]."""
+    if t.dtype in (torch.bfloat16, torch.float16):
+        raise UserError(f"timesteps came in {t.dtype}, which cannot hold them: give float32")
+    t = t[:, None] if t.ndim == 1 else t
+    if t.ndim != 2 or t.shape[0] not in (1, batch) or t.shape[1] not in (1, frames):
+        raise UserError(
+            f"timesteps of shape {list(t.shape)} do not fit {batch} samples of {frames} frames: "
+            "give one a sample, or one a frame"
+        )
+    return t
 
 
 def _slices(frames: Sequence[int], tokens: int) -> tuple[slice, ...]:

@@ -1,6 +1,7 @@
 """The oracle: latent attention in float64, head by head, as the equations stand.
 
-Shapes: B batch, M queries, K keys, H heads, dc latent, dn and dr content and rotary channels, dv value.
+Shapes: B batch, M queries, K keys, H heads, dc latent, dn and dr content and rotary channels,
+dv value.
 """
 
 from __future__ import annotations
