@@ -9,7 +9,7 @@ from 936. Shapes: B batch, F latent frames, N entries of a table.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -208,7 +208,11 @@ def _scheduler(name: str, sigmas: Tensor, shift: float) -> Any:
     if name not in get_args(Solver):
         raise UserError(f"There is no solver '{name}'; there are {', '.join(get_args(Solver))}.")
     try:
-        import diffusers
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+            FlowMatchEulerDiscreteScheduler,
+        )
+        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
     except ImportError:
         raise UserError(
             "The solvers of many steps are those of diffusers, which is not installed: "
@@ -218,16 +222,10 @@ def _scheduler(name: str, sigmas: Tensor, shift: float) -> Any:
     grid = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
     made: Any
     if name == "euler":
-        made = diffusers.FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=TRAIN_TIMESTEPS, shift=shift
-        )
+        made = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=shift)
     else:
-        kind = (
-            diffusers.UniPCMultistepScheduler
-            if name == "unipc"
-            else diffusers.DPMSolverMultistepScheduler
-        )
-        made = cast(Any, kind)(
+        kind: Any = UniPCMultistepScheduler if name == "unipc" else DPMSolverMultistepScheduler
+        made = kind(
             num_train_timesteps=TRAIN_TIMESTEPS,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
