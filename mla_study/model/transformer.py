@@ -42,7 +42,15 @@ def timestep_embedding(t: Float[Tensor, "*B"], size: int) -> Float[Tensor, "*B s
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    """x (1 + scale) + shift for tokens [B, F T, d] and frames [B, F, 1, d]."""
+    framed = x.unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift, framed, 1 + scale).flatten(1, 2)
+
+
+def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate y, as above."""
+    frames = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, frames), y.unflatten(1, frames), gate).flatten(1, 2)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -86,19 +94,12 @@ class Block(nn.Module):
         memory: LayerStep | None = None,
     ) -> Float[Tensor, "B L d"]:
         """One block; ``time`` is the projected timestep embedding of each frame."""
-        frames = time.shape[1]
-        dtype = x.dtype
-        e = (self.modulation[:, None].to(time.dtype) + time).unbind(2)
-        e = [part[:, :, None].to(dtype) for part in e]
-
-        def split(y: Tensor) -> Tensor:
-            return y.unflatten(1, (frames, -1))
-
-        y = _modulate(split(self.norm1(x)), e[0], e[1]).flatten(1, 2)
-        x = x + (split(self.self_attn(y, pieces, memory)) * e[2]).flatten(1, 2)
+        e = (self.modulation[:, None].to(time.dtype) + time).to(x.dtype).unbind(2)
+        e = [part[:, :, None] for part in e]
+        y = self.self_attn(_modulate(self.norm1(x), e[0], e[1]), pieces, memory)
+        x = _gated(x, y, e[2])
         x = x + self.cross_attn(self.norm3(x), cross)
-        y = _modulate(split(self.norm2(x)), e[3], e[4]).flatten(1, 2)
-        return x + (split(self.ffn(y)) * e[5]).flatten(1, 2)
+        return _gated(x, self.ffn(_modulate(self.norm2(x), e[3], e[4])), e[5])
 
 
 class Head(nn.Module):
@@ -115,10 +116,8 @@ class Head(nn.Module):
         self, x: Float[Tensor, "B L d"], e: Float[Tensor, "B F d"]
     ) -> Float[Tensor, "B L p"]:
         """Tokens to flattened patches."""
-        shift, scale = (self.modulation[:, None].to(e.dtype) + e[:, :, None]).unbind(2)
-        y = self.norm(x).unflatten(1, (e.shape[1], -1))
-        y = _modulate(y, shift[:, :, None].to(x.dtype), scale[:, :, None].to(x.dtype))
-        return self.head(y.flatten(1, 2))
+        both = (self.modulation[:, None].to(e.dtype) + e[:, :, None]).to(x.dtype)
+        return self.head(_modulate(self.norm(x), both[:, :, :1], both[:, :, 1:]))
 
 
 class ImageProjection(nn.Module):
@@ -192,6 +191,7 @@ class WanTransformer(nn.Module):
         if config.learned_positions:
             self.position_embedding = LearnedPositions(config)
         self.recompute = False
+        self._known_pieces: dict[object, list[Piece]] = {}
         kept = None if config.latent is None else config.latent.rope_pairs
         self.rope = RotaryEmbedding(config.head_dim, config.rope_base, kept)
 
@@ -225,10 +225,20 @@ class WanTransformer(nn.Module):
     ) -> list[Piece]:
         """A rule in tokens, with the rotations of each segment; used by all layers.
 
+        The latest few are kept, for a training loop asks for the same ones at every step.
+
         Args:
             height, width: token grid of a frame.
         """
-        return self._pieces(rule.segments, rule.frames, rule.frames, height, width, device)
+        key = (rule, height, width, device, self.patch_embedding.weight.dtype)
+        if key not in self._known_pieces:
+            while len(self._known_pieces) >= 4:
+                del self._known_pieces[next(iter(self._known_pieces))]
+            # tables born in inference mode could not be saved for a backward
+            with torch.inference_mode(False):
+                made = self._pieces(rule.segments, rule.frames, rule.frames, height, width, device)
+            self._known_pieces[key] = made
+        return self._known_pieces[key]
 
     def step_pieces(
         self,
