@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ class Piece:
     key_rotation: Rotation
 
 
+@runtime_checkable
 class LayerStep(Protocol):
     """One pass of one layer over a cache."""
 
@@ -59,6 +60,7 @@ class LayerStep(Protocol):
         ...
 
 
+@runtime_checkable
 class LayerMemory(Protocol):
     """What a cache offers one layer."""
 
