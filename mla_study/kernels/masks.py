@@ -74,11 +74,14 @@ class Visibility:
         frames = torch.from_numpy(self.dense()).to(device)
         size = self.frames * tokens_per_frame
 
-        def sees(b: object, h: object, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            del b, h
-            return frames[q // tokens_per_frame, k // tokens_per_frame]
-
-        return create_block_mask(sees, None, None, size, size, device=device)
+        return create_block_mask(
+            lambda b, h, q, k: frames[q // tokens_per_frame, k // tokens_per_frame],
+            None,
+            None,
+            size,
+            size,
+            device=device,
+        )
 
     def text(self, names: Sequence[str] | None = None) -> str:
         """One line a query frame: '#' where it sees, '.' where not, then the key positions."""

@@ -294,7 +294,7 @@ class WanTransformer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B C F height width"],
-        t: Float[Tensor, "B F"] | Float[Tensor, " B"],
+        t: Float[Tensor, "#B #F"] | Float[Tensor, "#B"],
         conditioning: Conditioning,
         rule: Visibility | None = None,
         pieces: Sequence[Piece] | None = None,
