@@ -35,6 +35,7 @@ class Saved:
     next_chunk: int
     marks: list[Mark]
     tail: Tensor | None
+    finished: bool
 
 
 def state_path(out: Path) -> Path:
@@ -77,6 +78,7 @@ def save(
     facts: Mapping[str, Any],
     marks: list[Mark],
     tail: Tensor | None = None,
+    finished: bool = False,
 ) -> None:
     """Write the state whole or not at all.
 
@@ -84,6 +86,7 @@ def save(
         facts: :func:`identity` of the rollout, made once.
         marks: how far the output files have come.
         tail: last latents, where the decoder needs them to go on.
+        finished: the output files are final.
 
     Raises:
         UserError: the disk is full or the folder not writable.
@@ -91,15 +94,17 @@ def save(
     from safetensors.torch import save_file
 
     tensors = {f"cache.{name}": tensor for name, tensor in rollout.cache.state().items()}
-    tensors |= {f"recent.{frame}": x.contiguous() for frame, x in rollout.recent.items()}
+    # clones, for safetensors refuses tensors that share memory
+    tensors |= {f"recent.{frame}": _copy(x) for frame, x in rollout.recent.items()}
     if tail is not None:
-        tensors["tail"] = tail.contiguous()
+        tensors["tail"] = _copy(tail)
     metadata = {
         "kind": _KIND,
         "schema": _SCHEMA,
         "identity": json.dumps(facts, sort_keys=True),
         "next_chunk": str(rollout.next_chunk),
         "marks": marks_json(marks),
+        "finished": str(int(finished)),
     }
     with writing(path, marks[0].frames):
         replace(path, lambda to: save_file(tensors, to, metadata=metadata))
@@ -136,7 +141,12 @@ def load(path: Path, rollout: Rollout, facts: Mapping[str, Any]) -> Saved:
     }
     chunk = int(metadata["next_chunk"])
     rollout.resume(chunk)
-    return Saved(chunk, marks_from(metadata["marks"]), tensors.get("tail"))
+    finished = metadata["finished"] == "1"
+    return Saved(chunk, marks_from(metadata["marks"]), tensors.get("tail"), finished)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

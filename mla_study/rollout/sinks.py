@@ -230,10 +230,15 @@ class LatentSink:
             for part in self.folder.iterdir():
                 if not part.stem.isdigit() or int(part.stem) >= self.mark.frames:
                     part.unlink()
-        if self.mark.frames and (
-            not self._parts() or _frames_held(self._parts()[-1]) < self.mark.frames
-        ):
+            if self.mark.frames and not self._parts() and path.exists():
+                # a finished file that is to grow further
+                shutil.copyfile(path, self._part(0))
+        held = self._parts()
+        if self.mark.frames and (not held or _frames_held(held[-1]) != self.mark.frames):
             raise UserError(f"{path} lacks parts that its saved state names: start anew")
+
+    def _part(self, frame: int) -> Path:
+        return self.folder / f"{frame:09d}.safetensors"
 
     def _parts(self) -> list[Path]:
         return sorted(part for part in self.folder.iterdir() if part.stem.isdigit())
@@ -244,8 +249,7 @@ class LatentSink:
 
         held = {"latents": latents.detach().cpu().contiguous()}
         with writing(self.path, self.mark.frames):
-            part = self.folder / f"{self.mark.frames:09d}.safetensors"
-            replace(part, lambda to: save_file(held, to))
+            replace(self._part(self.mark.frames), lambda to: save_file(held, to))
         self.mark = Mark(self.mark.frames + latents.shape[2])
 
     def close(self, finished: bool) -> None:
