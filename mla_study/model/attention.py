@@ -107,12 +107,16 @@ class SelfAttention(nn.Module):
         query, entry = self.query(x), self.entry(x)
         if memory is not None:
             entry = memory.extend(entry)
+        return self.o(self.attend(query, entry, pieces))
+
+    def attend(self, query: Query, entry: Entry, pieces: Sequence[Piece]) -> Tensor:
+        """Attention of all pieces, before the output projection [B, M, d]."""
         outs: list[Tensor] = []
         for piece in pieces:
             mine = tuple(_take(part, piece.queries) for part in query)
             seen = (_take(entry[0], piece.keys), _take(entry[1], piece.keys))
             outs.append(self.mix(mine, seen, piece.query_rotation, piece.key_rotation))
-        return self.o(outs[0] if len(outs) == 1 else torch.cat(outs, dim=1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
 class DenseSelfAttention(SelfAttention):
