@@ -135,7 +135,11 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Wan2.1 transformer, its window and its flow; ``latent`` set makes self-attention latent."""
+    """A Wan2.1 transformer, its window and its flow; ``latent`` set makes self-attention latent.
+
+    ``latent_size`` is the native (height, width) of a latent frame, ``codec_stride`` how many video
+    frames, rows and columns one latent position stands for, ``fps`` counts video frames.
+    """
 
     name: str = "wan-1.3b"
     layers: int = 30
@@ -152,12 +156,20 @@ class ModelConfig:
     rope_base: float = 10000.0
     model_type: Literal["t2v", "i2v"] = "t2v"
     learned_positions: bool = False
+    latent_size: tuple[int, int] = (60, 104)
+    codec_stride: tuple[int, int, int] = (4, 8, 8)
+    fps: float = 16.0
     latent: LatentConfig | None = None
     window: WindowConfig = field(default_factory=WindowConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "ffn_width", "in_channels", "out_channels")
+        if min(*self.latent_size, *self.codec_stride) < 1 or not self.fps > 0:
+            raise UserError(
+                f"ModelConfig has latent_size {self.latent_size}, codec_stride {self.codec_stride} "
+                f"and fps {self.fps}, but all of them must be positive."
+            )
         if self.width % self.heads or self.head_dim % 2:
             raise UserError(
                 f"ModelConfig.width {self.width} does not split into {self.heads} heads "
@@ -214,6 +226,9 @@ def mini(latent: bool = False) -> ModelConfig:
         text_len=8,
         rope_base=100.0,
         learned_positions=True,
+        latent_size=(6, 6),
+        codec_stride=(1, 4, 4),
+        fps=8.0,
         latent=LatentConfig(d_c=12, d_q=48, d_nope=24, d_rope=8, rope_pairs=(2, 1, 1))
         if latent
         else None,

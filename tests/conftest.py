@@ -30,6 +30,29 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "mla_study"))
 ASSETS = "MLA_STUDY_ASSETS"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--recordings",
+        metavar="DIR",
+        help="recordings that tests/parity replays (default: tests/fixtures); "
+        "'tests/parity --fixtures DIR' says the same",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """``PATH --fixtures DIR`` names a folder of recordings; otherwise it is pytest's own flag."""
+    words = [str(word) for word in config.invocation_params.args]
+    folder = words[words.index("--fixtures") + 1 :][:1] if "--fixtures" in words else []
+    if not folder or folder[0] not in config.args or len(config.args) < 2:
+        return
+    if not any(Path(folder[0]).glob("*.json")):
+        raise pytest.UsageError(f"{folder[0]} holds no recordings (*.json)")
+    config.option.showfixtures = False
+    config.option.recordings = folder[0]
+    config.args.remove(folder[0])
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return Path(__file__).resolve().parents[1]

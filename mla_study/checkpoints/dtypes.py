@@ -62,6 +62,17 @@ _FP8: dict[str, tuple[int, int, int, str]] = {
     "F8_E5M2FNUZ": (5, 2, 16, "fnuz"),
 }
 
+# Codes with these bits all set are NaN or Inf (E4M3 has no Inf, and NaN only there).
+_EXPONENTS: dict[str, tuple[str, int]] = {
+    "F64": ("<u8", 0x7FF << 52),
+    "F32": ("<u4", 0xFF << 23),
+    "F16": ("<u2", 0x1F << 10),
+    "BF16": ("<u2", 0xFF << 7),
+    "F8_E4M3": ("u1", 0x7F),
+    "F8_E5M2": ("u1", 0x1F << 2),
+}
+_CHECKED = 1 << 18
+
 DECODED = frozenset(_PLAIN) | frozenset(_FP8) | {"BF16", "F8_E8M0"}
 
 
@@ -122,3 +133,16 @@ def decode(raw: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.nd
         codes = codes != 0
     with np.errstate(invalid="ignore"):  # a signalling NaN stays NaN
         return codes.astype(target, copy=False).reshape(shape)
+
+
+def all_finite(raw: bytes | memoryview, dtype: str) -> bool:
+    """Whether stored bytes hold neither NaN nor Inf; a dtype without either holds none."""
+    if dtype not in _EXPONENTS:
+        return True
+    code, mask = _EXPONENTS[dtype]
+    codes = np.frombuffer(raw, dtype=code)
+    mask = codes.dtype.type(mask)
+    return not any(
+        ((codes[start : start + _CHECKED] & mask) == mask).any()
+        for start in range(0, len(codes), _CHECKED)
+    )

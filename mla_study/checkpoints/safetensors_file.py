@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
@@ -29,7 +29,7 @@ from mla_study.checkpoints.dtypes import DECODED, decode, stored_nbytes
 from mla_study.errors import UserError
 
 _AGAIN = "it is damaged or truncated; download or save it again"
-_HASH_PIECE = 8 << 20
+_PIECE = 8 << 20
 _MAX_DIMS = 32
 _MAX_ELEMENTS = 1 << 56
 
@@ -122,15 +122,29 @@ class SafetensorsFile:
     def raw_sha256(self, name: str) -> str:
         """Hexadecimal sha256 of the tensor's stored bytes, computed once."""
         if name not in self._digests:
-            at = self._starts[name]
-            end = at + self.tensors[name].nbytes
             digest = hashlib.sha256()
-            while at < end:
-                stop = min(at + _HASH_PIECE, end)
-                digest.update(self._source.read(at, stop))
-                at = stop
+            for piece in self.raw(name):
+                digest.update(piece)
             self._digests[name] = digest.hexdigest()
         return self._digests[name]
+
+    def raw(self, name: str) -> Iterator[bytes | memoryview]:
+        """The tensor's stored bytes in pieces of at most 8 MiB."""
+        at, end = self.extent(name)
+        while at < end:
+            stop = min(at + _PIECE, end)
+            yield self._source.read(at, stop)
+            at = stop
+
+    def extent(self, name: str) -> tuple[int, int]:
+        """Where the tensor's bytes lie in the file: first, and one past the last."""
+        start = self._starts[name]
+        return start, start + self.tensors[name].nbytes
+
+    @property
+    def remote(self) -> bool:
+        """Whether the bytes come over a network."""
+        return self._source.remote
 
     def close(self) -> None:
         self._source.close()

@@ -11,7 +11,7 @@ import sys
 import warnings
 import zipfile
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,25 @@ class TorchFile:
 
     def raw_sha256(self, name: str) -> str:
         """Hexadecimal sha256 of the tensor's values in row-major order, as stored."""
-        tensor = self._dense(name)
         digest = hashlib.sha256()
+        for piece in self.raw(name):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def raw(self, name: str) -> Iterator[memoryview]:
+        """The tensor's values in row-major order, as stored, in pieces of whole rows."""
+        tensor = self._dense(name)
         rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
         row_bytes = max(1, rows[:1].numel() * rows.element_size())
         step = max(1, _PANEL_BYTES // row_bytes)
         for start in range(0, rows.shape[0], step):
-            raw = self._raw(name, rows[start : start + step])
-            self.bytes_read += len(raw)
-            digest.update(raw)
-        return digest.hexdigest()
+            piece = self._raw(name, rows[start : start + step])
+            self.bytes_read += len(piece)
+            yield piece
+
+    def tensor(self, name: str) -> Any:
+        """The ``torch.Tensor`` itself, mapped where the file is a zip. Raises as :meth:`read`."""
+        return self._dense(name).detach()
 
     def close(self) -> None:
         """Drop the mapping; arrays already read stay valid."""

@@ -1,0 +1,161 @@
+"""``mla-study generate``: stream a video from a prompt."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mla_study.errors import UserError
+
+_EXIT_INTERRUPTED = 130
+_DEFAULT_FRAMES = 21
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Stream a video, chunk after chunk, at constant memory, into a file that plays as it grows.
+
+    Ctrl-C finishes the chunk and closes the file; the same command with --resume goes on.
+
+    Example: mla-study generate "a red disc" --preset mini --random-weights --out disc.mp4
+    """
+
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """One prompt, or one a sample."""
+    out: Path = Path("video.mp4")
+    """.mp4, .webp, .gif, .png (or no suffix: a folder of frames), or .safetensors for latents."""
+    checkpoint: str | None = None
+    """Weights: original Wan, diffusers, Self-Forcing, or a folder of ours."""
+    random_weights: bool = False
+    """A preset with random weights, to try shapes and speed."""
+    preset: str | None = None
+    """Model with --random-weights (default mini), or what a checkpoint without config is."""
+    variant: Literal["dense", "latent"] | None = None
+    """Self-attention with --random-weights (default latent); of a checkpoint, a check."""
+    weights: str | None = None
+    """Which dictionary of a PyTorch file, such as generator_ema."""
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An adapter to merge; may be repeated."""
+    wan: Path | None = None
+    """Wan folder with the VAE and the text encoder (default: the checkpoint's own)."""
+    embeddings: Path | None = None
+    """Embeddings of the prompts, made by mla-study text encode, in place of the text encoder."""
+    seed: int = 0
+    """Noise of chunk n depends on (seed, n, sample) alone."""
+    frames: int | None = None
+    """Latent frames, rounded up to whole chunks (default 21)."""
+    seconds: float | None = None
+    """Length of the video instead of --frames; inf goes on until Ctrl-C."""
+    fps: float | None = None
+    """Frames a second of the video (default: the model's)."""
+    size: str | None = None
+    """HEIGHTxWIDTH of the latent (default: the model's, 60x104 for Wan)."""
+    batch: int | None = None
+    """Samples (default: one a prompt); each gets a file of its own."""
+    prompt_at: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """CHUNK:PROMPT, a prompt switch at that chunk; may be repeated."""
+    recache: bool = False
+    """At a switch, recompute the cached frames' entries under the new prompt."""
+    clean_pass: bool = True
+    """Write cache entries by a last pass at t = 0; without, those of the last step stay."""
+    window: str | None = None
+    """sink,history,chunk in latent frames (default: the model's)."""
+    positions: Literal["absolute", "relative"] | None = None
+    """Temporal positions of keys (default: relative for latent attention, absolute for dense)."""
+    storage: Literal["bf16", "fp16", "fp32", "fp64", "int8-channel", "int8-token"] | None = None
+    """What the cache holds entries in (default: the model's dtype)."""
+    dtype: Literal["bf16", "fp16", "fp32", "fp64"] | None = None
+    """Of the weights (default: as stored)."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1."""
+    resume: bool = False
+    """Go on from the state saved beside --out; all else must be as it was."""
+    save_every: int = 1
+    """Chunks between saved states; 0 saves none."""
+
+    def run(self) -> int:
+        """Generate, and return the exit code."""
+        from mla_study.rollout.record import record
+        from mla_study.rollout.setup import (
+            ModelChoice,
+            build_model,
+            choose_decoder,
+            choose_encoder,
+            parse_size,
+            parse_switches,
+            parse_window,
+        )
+        from mla_study.rollout.sinks import check_place, kind_of
+        from mla_study.rollout.stream import Rollout, RolloutConfig
+
+        if self.save_every < 0:
+            raise UserError(f"--save-every is {self.save_every}, but it must be 0 or more")
+        switches = parse_switches(self.prompt_at)
+        window = None if self.window is None else parse_window(self.window)
+        size = None if self.size is None else parse_size(self.size)
+        check_place(self.out)
+        choice = ModelChoice(
+            self.checkpoint, self.random_weights, self.preset, self.variant, self.weights,
+            self.lora, self.dtype, self.device,
+        )  # fmt: skip
+        model = build_model(choice, _say)
+        prompts = self.prompts or ("",)
+        rollout = Rollout(
+            model,
+            prompts,
+            RolloutConfig(
+                self.seed, self.batch, window, size, self.positions, self.storage,
+                self.clean_pass, self.recache,
+            ),
+            prompt_at=switches,
+            encode=choose_encoder(model.config, choice, self.wan, self.embeddings, _say),
+        )  # fmt: skip
+        size = rollout.config.size or model.config.latent_size
+        video = self.fps if self.fps is not None else model.config.fps
+        if not 0 < video <= 1000:
+            raise UserError(f"--fps is {video}, but it must lie between 0 and 1000")
+        pixels = kind_of(self.out) != "latents"
+        decoder, fps = choose_decoder(model.config, size, choice, self.wan, video, pixels, _say)
+        chunks = self._chunks(rollout.window.chunk, video, model.config.codec_stride[0])
+        made = record(
+            rollout,
+            self.out,
+            decoder,
+            fps,
+            chunks=chunks,
+            resume=self.resume,
+            save_every=self.save_every,
+            facts={"decoder": type(decoder).__name__, "prompts": prompts, "prompt_at": switches},
+            say=_say,
+        )
+        length = f"{made.chunks} chunks, {made.frames} frames ({float(made.frames / fps):.3g} s)"
+        print(f"{', '.join(map(str, made.paths))}: {length}")
+        if made.interrupted:
+            _say(f"interrupted after {made.chunks} chunks: the same command with --resume goes on")
+            return _EXIT_INTERRUPTED
+        return 0
+
+    def _chunks(self, chunk: int, fps: float, stride: int) -> int | None:
+        from mla_study.rollout.record import latent_frames
+        from mla_study.rollout.stream import whole_chunks
+
+        if self.frames is not None and self.seconds is not None:
+            raise UserError("give --frames or --seconds, not both")
+        if self.seconds is not None and math.isinf(self.seconds) and self.seconds > 0:
+            return None
+        frames = self.frames or _DEFAULT_FRAMES if self.frames != 0 else 0
+        if self.seconds is not None:
+            frames = latent_frames(self.seconds, fps, stride)
+        chunks = whole_chunks(frames, chunk)
+        if chunks * chunk != frames:
+            _say(f"{frames} latent frames are rounded up to {chunks * chunk}: chunks have {chunk}")
+        return chunks
+
+
+def _say(sentence: str) -> None:
+    print(f"note: {sentence.rstrip('.')}.", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Attention operators: what they compute, what they cost, who sees whom."""

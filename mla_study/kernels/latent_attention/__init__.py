@@ -1,0 +1,11 @@
+"""Latent attention in exact forms of one function: see README.md beside this file."""
+
+from __future__ import annotations
+
+from mla_study.kernels.latent_attention.absorbed import absorbed
+from mla_study.kernels.latent_attention.reconstruct import reconstruct
+from mla_study.kernels.latent_attention.reference import reference
+
+__all__ = ["FORMS", "absorbed", "reconstruct", "reference"]
+
+FORMS = {"reference": reference, "reconstruct": reconstruct, "absorbed": absorbed}

@@ -1,0 +1,229 @@
+"""Self-attention, dense as in Wan or latent as in VideoMLA, and Wan's cross-attention.
+
+Shapes: B batch, L tokens, M query tokens, K key tokens, H heads, D head channels, d width.
+A self-attention module splits into ``query`` (never cached), ``entry`` (what a cache keeps of a
+token: unrotated keys and values, or the latent and the shared rotary key) and ``mix``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mla_study.config import LatentConfig, ModelConfig
+from mla_study.kernels.latent_attention import FORMS
+from mla_study.model.rope import Rotation
+
+Entry = tuple[Tensor, Tensor]
+Query = tuple[Tensor, ...]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, statistics in float32 at least."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Float[Tensor, "*B c"]) -> Float[Tensor, "*B c"]:
+        """x / rms(x) * weight."""
+        size = self.weight.shape
+        if x.dtype in (torch.float32, torch.float64) and self.weight.dtype == x.dtype:
+            return F.rms_norm(x, size, self.weight, self.eps)
+        return F.rms_norm(x.float(), size, None, self.eps).type_as(x) * self.weight
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One segment in tokens: which queries see which keys, with both rotations ready."""
+
+    queries: tuple[slice, ...] | None  # None: all
+    keys: tuple[slice, ...] | None
+    query_rotation: Rotation
+    key_rotation: Rotation
+
+
+@runtime_checkable
+class LayerStep(Protocol):
+    """One pass of one layer over a cache."""
+
+    def extend(self, entry: Entry) -> Entry:
+        """Record the entries of this pass; those of past and present, in slot order."""
+        ...
+
+
+@runtime_checkable
+class LayerMemory(Protocol):
+    """What a cache offers one layer."""
+
+    @property
+    def frames(self) -> Sequence[int]:
+        """Ids of the frames that the next pass is about."""
+        ...
+
+    def step(self) -> LayerStep:
+        """Begin a pass."""
+        ...
+
+
+def _take(x: Tensor, where: tuple[slice, ...] | None) -> Tensor:
+    if where is None:
+        return x
+    return x[:, where[0]] if len(where) == 1 else torch.cat([x[:, s] for s in where], dim=1)
+
+
+class SelfAttention(nn.Module):
+    """What dense and latent self-attention share: project, join the past, attend piece by piece."""
+
+    o: nn.Linear
+
+    @abstractmethod
+    def query(self, x: Tensor) -> Query:
+        """Queries of tokens x [B, M, d], unrotated."""
+
+    @abstractmethod
+    def entry(self, x: Tensor) -> Entry:
+        """What the cache keeps of tokens x [B, L, d], unrotated."""
+
+    @abstractmethod
+    def mix(self, query: Query, entry: Entry, turn_q: Rotation, turn_k: Rotation) -> Tensor:
+        """Attention of rotated queries and keys, heads joined [B, M, d]."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L d"],
+        pieces: Sequence[Piece],
+        memory: LayerStep | None = None,
+    ) -> Float[Tensor, "B L d"]:
+        """Attend; with ``memory`` the keys of the pieces index past and present together."""
+        query, entry = self.query(x), self.entry(x)
+        if memory is not None:
+            entry = memory.extend(entry)
+        return self.o(self.attend(query, entry, pieces))
+
+    def attend(self, query: Query, entry: Entry, pieces: Sequence[Piece]) -> Tensor:
+        """Attention of all pieces, before the output projection [B, M, d]."""
+        outs: list[Tensor] = []
+        for piece in pieces:
+            mine = tuple(_take(part, piece.queries) for part in query)
+            seen = (_take(entry[0], piece.keys), _take(entry[1], piece.keys))
+            outs.append(self.mix(mine, seen, piece.query_rotation, piece.key_rotation))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+class DenseSelfAttention(SelfAttention):
+    """Wan's own: biases, RMSNorm over all channels of q and of k before the head split."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
+
+    def query(self, x: Tensor) -> Query:
+        """q [B, M, H, D]."""
+        return (self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)),)
+
+    def entry(self, x: Tensor) -> Entry:
+        """k and v [B, L, H, D]."""
+        k = self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1))
+        return k, self.v(x).unflatten(-1, (self.heads, -1))
+
+    def mix(self, query: Query, entry: Entry, turn_q: Rotation, turn_k: Rotation) -> Tensor:
+        """softmax(R q . R k / sqrt(D)) v."""
+        q, k = turn_q.apply(query[0]), turn_k.apply(entry[0])
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), entry[1].to(k.dtype).transpose(1, 2)
+        )
+        return out.transpose(1, 2).flatten(2)
+
+
+class LatentSelfAttention(SelfAttention):
+    """VideoMLA's: one shared latent and one shared rotary key a token (see ``method``).
+
+    ``form`` names one of :data:`~mla_study.kernels.latent_attention.FORMS`. With ``bias`` the query
+    projections and the rotary key carry biases, which a conversion from Wan needs (a bias of k_nope
+    would cancel in the softmax, and that of v moves into ``o``).
+    """
+
+    def __init__(self, config: ModelConfig, latent: LatentConfig, bias: bool = True) -> None:
+        super().__init__()
+        d, h = config.width, config.heads
+        self.heads, self.d_nope, self.d_rope = h, latent.d_nope, latent.d_rope
+        self.form = "reconstruct"
+        self.head_group: int | None = None
+        self.kv_down = nn.Linear(d, latent.d_c, bias=False)
+        self.kv_norm = RMSNorm(latent.d_c, config.eps)
+        self.k_rope = nn.Linear(d, latent.d_rope, bias=bias)
+        self.q_down = nn.Linear(d, latent.d_q, bias=False)
+        self.q_down_norm = RMSNorm(latent.d_q, config.eps)
+        self.q_up = nn.Linear(latent.d_q, h * latent.d_nope, bias=bias)
+        self.q_rope = nn.Linear(latent.d_q, h * latent.d_rope, bias=bias)
+        self.k_up = nn.Linear(latent.d_c, h * latent.d_nope, bias=False)
+        self.v_up = nn.Linear(latent.d_c, d, bias=False)
+        self.o = nn.Linear(d, d)
+
+    def query(self, x: Tensor) -> Query:
+        """q_nope [B, M, H, d_nope] and q_rope [B, M, H, d_rope] from the query latent."""
+        c_q = self.q_down_norm(self.q_down(x))
+        nope = self.q_up(c_q).unflatten(-1, (self.heads, self.d_nope))
+        return nope, self.q_rope(c_q).unflatten(-1, (self.heads, self.d_rope))
+
+    def entry(self, x: Tensor) -> Entry:
+        """c_kv [B, L, d_c] and the unrotated k_r [B, L, d_rope]."""
+        return self.kv_norm(self.kv_down(x)), self.k_rope(x)
+
+    def mix(self, query: Query, entry: Entry, turn_q: Rotation, turn_k: Rotation) -> Tensor:
+        """Latent attention in the chosen form."""
+        nope, rope = query[0], turn_q.apply(query[1])
+        c = entry[0].to(nope.dtype)
+        k_rope = turn_k.apply(entry[1][:, :, None, :])[:, :, 0].to(nope.dtype)
+        k_up = self.k_up.weight.unflatten(0, (self.heads, self.d_nope))
+        v_up = self.v_up.weight.unflatten(0, (self.heads, -1))
+        options = {"head_group": self.head_group} if self.form == "reconstruct" else {}
+        attend: Callable[..., Tensor] = FORMS[self.form]
+        return attend(nope, rope, c, k_rope, k_up, v_up, **options).flatten(2)
+
+
+class CrossAttention(nn.Module):
+    """Text (and for I2V image) cross-attention with q/k norms; keys and values can be cached.
+
+    The text is zero-padded to a fixed length and the padding is attended, as in Wan.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
+        if config.model_type == "i2v":
+            self.k_img, self.v_img = nn.Linear(d, d), nn.Linear(d, d)
+            self.norm_k_img = RMSNorm(d, config.eps)
+
+    def keys(self, context: Float[Tensor, "B T d"], image: Tensor | None = None) -> list[Entry]:
+        """Keys and values [B, H, T, D] of the text, and of the image where there is one."""
+        pairs = [(self.norm_k(self.k(context)), self.v(context))]
+        if image is not None:
+            pairs.append((self.norm_k_img(self.k_img(image)), self.v_img(image)))
+        return [(self._split(k), self._split(v)) for k, v in pairs]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Float[Tensor, "B L d"], keys: Sequence[Entry]) -> Float[Tensor, "B L d"]:
+        """Attend to :meth:`keys`; branches add up before the output projection."""
+        q = self._split(self.norm_q(self.q(x)))
+        out, *more = [F.scaled_dot_product_attention(q, k, v) for k, v in keys]
+        for branch in more:
+            out = out + branch
+        return self.o(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,166 @@
+"""Recordings of other windows, sizes and batches, made by masked passes that know no cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from parity.recording import Recording
+from parity.replays import replay_of
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mla_study.config import ModelConfig, WindowConfig
+from mla_study.kernels.masks import Visibility, chunk_causal, teacher_forcing
+from mla_study.model.transformer import WanTransformer
+from mla_study.rollout.sampler import add_noise, warped_steps, x0_from_flow
+
+Save = Callable[[str, dict[str, Tensor], dict[str, object]], Recording]
+CONFIG = {
+    "model_type": "t2v", "patch_size": [1, 2, 2], "text_len": 5, "in_dim": 3, "dim": 48,
+    "ffn_dim": 40, "freq_dim": 16, "text_dim": 7, "out_dim": 3, "num_heads": 2, "num_layers": 2,
+    "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> WanTransformer:
+    torch.manual_seed(3)
+    small = ModelConfig(
+        name="small", layers=2, width=48, heads=2, ffn_width=40, freq_dim=16, text_dim=7,
+        text_len=5, in_channels=3, out_channels=3,
+    )  # fmt: skip
+    return WanTransformer(small).eval()
+
+
+@pytest.fixture
+def save(tmp_path: Path, model: WanTransformer) -> Save:
+    def write(name: str, tensors: dict[str, Tensor], facts: dict[str, object]) -> Recording:
+        folder = tmp_path / "weights"
+        folder.mkdir()
+        save_file(model.state_dict(), folder / "w.safetensors")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / f"{name}.safetensors")
+        text = json.dumps({"config": CONFIG, "weights": "weights/w.safetensors", **facts})
+        (tmp_path / f"{name}.json").write_text(text)
+        return Recording(tmp_path / f"{name}.json", tmp_path / "nowhere")
+
+    return write
+
+
+def replay(rec: Recording) -> None:
+    run = replay_of(rec.name)
+    assert run is not None
+    with torch.no_grad():
+        run(rec)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "chunk", "local", "sink", "blocks"),
+    [
+        ("sf_rollout_evict_l5_s1_b2", 2, 2, 5, 1, 5),
+        ("sf_rollout_evict_l3_s2_b1", 1, 1, 3, 2, 6),
+        ("sf_rollout_full_long", 1, 4, -1, 0, 3),
+        ("longlive_relative_rope_l6_s2_b2", 3, 2, 6, 2, 5),
+        ("longlive_relative_rope_l4_s0_b3", 1, 3, 4, 0, 4),
+    ],
+)
+def test_rollouts(
+    model: WanTransformer, save: Save, name: str, batch: int, chunk: int, local: int, sink: int,
+    blocks: int,
+) -> None:  # fmt: skip
+    frames, positions = chunk * blocks, "relative" if "relative" in name else "absolute"
+    window = None if local < 0 else WindowConfig.from_local_attn_size(local, sink, chunk)
+    steps = warped_steps((1000, 600, 200), 5.0)
+    noise = torch.randn(batch, 3, frames, 6, 10)
+    eps = torch.randn(blocks, len(steps) - 1, batch, chunk, 3, 6, 10)
+    context = torch.randn(batch, 4, 7)
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    done = noise[:, :, :0]
+    with torch.no_grad():
+        conditioning = model.condition(context)
+        for block in range(blocks):
+            total = (block + 1) * chunk
+            rule = teacher_forcing(total, chunk, window, positions)
+            x = noise[:, :, total - chunk : total]
+            for step in range(len(steps) + 1):
+                clean = step == len(steps)
+                t = torch.full((batch, chunk), 0.0 if clean else float(steps[step]))
+                rest = torch.zeros(batch, total - chunk)
+                both = torch.cat([done, x, done, x], dim=2)
+                times = torch.cat([rest, torch.zeros_like(t), rest, t], dim=1)
+                flow = model(both, times, conditioning, rule)[:, :, -chunk:]
+                calls.append((x, t, flow))
+                if clean:
+                    done = torch.cat([done, x], dim=2)
+                    continue
+                x = x0_from_flow(x, flow, t)
+                if step + 1 < len(steps):
+                    later = torch.full_like(t, float(steps[step + 1]))
+                    x = add_noise(x, eps[block, step].transpose(1, 2), later)
+    x, t, flow = (torch.stack(part) for part in zip(*calls, strict=True))
+    rec = save(
+        name,
+        {
+            "noise": noise.transpose(1, 2), "context": context, "denoising_steps": steps,
+            "latents": done.transpose(1, 2), "renoise_eps": eps, "call_t": t,
+            "call_x": x.transpose(2, 3), "call_flow": flow.transpose(2, 3),
+        },
+        {
+            "rollout": {
+                "local_attn_size": local, "sink_size": sink, "num_frame_per_block": chunk,
+                "frames": frames, "tokens_per_frame": 15, "context_noise": 0,
+            }
+        },
+    )  # fmt: skip
+    replay(rec)
+    assert not rec.failures and not rec.unread()
+    assert {"latents", "call_x", "call_flow"} <= set(rec.differences)
+
+
+def test_masked_passes(model: WanTransformer, save: Save) -> None:
+    frames, context = 8, torch.randn(3, 5, 7)
+    x, x7 = torch.randn(3, 3, frames, 2, 4), torch.randn(3, 3, 7, 2, 4)
+    t, t7, t4 = torch.rand(3, 8) * 999, torch.rand(3, 7) * 999, torch.rand(3, 2) * 999
+    blocks = t4.repeat_interleave(4, 1)
+    tensors = {
+        "x": x, "x7": x7, "context": context, "t_per_frame": t, "t7": t7, "t_per_block4": blocks
+    }  # fmt: skip
+    with torch.no_grad():
+        conditioning = model.condition(context)
+
+        def add(key: str, latents: Tensor, times: Tensor, rule: Visibility) -> None:
+            tensors[f"out_{key}"] = model(latents, times, conditioning, rule)
+            mask = torch.from_numpy(rule.dense()).to(torch.uint8)
+            tensors[f"framemask_{key.removesuffix('_tblock')}"] = mask
+
+        add("nfpb4", x, t, chunk_causal(8, 4))
+        add("nfpb4_tblock", x, blocks, chunk_causal(8, 4))
+        add("nfpb2_local6", x, t, chunk_causal(8, 2, WindowConfig(0, 4, 2)))
+        add("first3_then2_local3", x7, t7, chunk_causal(7, 2, WindowConfig(0, 1, 2), first=3))
+    rec = save("sf_block_causal_other", tensors, {"tokens_per_frame": 2})
+    replay(rec)
+    assert not rec.failures and not rec.unread()
+
+
+def test_a_wrong_recording_fails(model: WanTransformer, save: Save) -> None:
+    x, context = torch.randn(1, 3, 2, 2, 2), torch.randn(1, 5, 7)
+    t = torch.full((1, 2), 500.0)
+    with torch.no_grad():
+        out = model(x, t, model.condition(context), chunk_causal(2, 1))
+    out[0, 0, 1, 0, 0] += 1e-3
+    wrong = torch.ones(2, 2, dtype=torch.uint8)
+    rec = save(
+        "sf_block_causal",
+        {"x": x, "context": context, "t_per_frame": t, "out_nfpb1": out, "framemask_nfpb1": wrong},
+        {},
+    )
+    replay(rec)
+    assert [line.split(":")[0] for line in rec.failures] == ["framemask_nfpb1", "out_nfpb1"]
+
+
+def test_an_unknown_prefix_has_no_replay() -> None:
+    assert replay_of("tf_loss") is None
+    assert replay_of("sf_rollout_evict_l9_s3_b4") is not None
