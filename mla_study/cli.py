@@ -14,6 +14,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from mla_study.commands.cache_error import CacheError
+from mla_study.commands.checkpoint import Checkpoint
+from mla_study.commands.generate import Generate
+from mla_study.commands.latents import Latents
+from mla_study.commands.mask import Mask
+from mla_study.commands.text import Text
+from mla_study.commands.vae import Vae
 from mla_study.errors import EXIT_BAD_INPUT, UserError
 
 
@@ -239,6 +246,13 @@ class BenchProbe:
 
 Command = (
     Annotated[RankProbe, tyro.conf.subcommand("rank-probe")]
+    | Annotated[Checkpoint, tyro.conf.subcommand("checkpoint")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Latents, tyro.conf.subcommand("latents")]
+    | Annotated[Text, tyro.conf.subcommand("text")]
+    | Annotated[Vae, tyro.conf.subcommand("vae")]
+    | Annotated[Mask, tyro.conf.subcommand("mask")]
+    | Annotated[CacheError, tyro.conf.subcommand("cache-error")]
     | Annotated[Figures, tyro.conf.subcommand("figures")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Config, tyro.conf.subcommand("config")]

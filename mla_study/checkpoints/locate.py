@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from mla_study.checkpoints.bytesource import is_remote, open_bytes
+from mla_study.checkpoints.formats.bytesource import is_remote
+from mla_study.checkpoints.formats.sources import open_bytes
 from mla_study.errors import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx")
@@ -87,7 +88,7 @@ def locate(path: str) -> Located:
     address of a file or an index.
     """
     if path.startswith("hf://"):
-        from mla_study.checkpoints.remote import resolve_hub
+        from mla_study.checkpoints.formats.remote import resolve_hub
 
         repo = resolve_hub(path)
         return _inside(_Place(path, repo.files, repo.address), repo.inside)

@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 
-from mla_study.checkpoints.container import TensorInfo
+from mla_study.checkpoints.formats.container import TensorInfo
 from mla_study.checkpoints.lora_names import (
     KOHYA,
     Adapter,

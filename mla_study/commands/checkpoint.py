@@ -40,7 +40,7 @@ class CheckpointInfo:
     def run(self) -> int:
         """Describe."""
         _need_torch()
-        from mla_study.checkpoints.info import info
+        from mla_study.checkpoints.wan.info import info
 
         found = info(self.path, self.config, self.weights)
         print(json.dumps(found.plain(), indent=1) if self.json else found.text())
@@ -77,7 +77,7 @@ class CheckpointConvert:
         size = None if self.shard_size is None else parse_size(self.shard_size)
         from tqdm import tqdm
 
-        from mla_study.checkpoints.convert import convert
+        from mla_study.checkpoints.wan.convert import convert
 
         bars: list[tqdm] = []
 

@@ -20,7 +20,7 @@ from mla_study.errors import UserError
 _CHILD = """
 import json, sys, time
 from pathlib import Path
-from mla_study.checkpoints.wan import load_model
+from mla_study.checkpoints.wan.load import load_model
 
 def status():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -43,10 +43,10 @@ def write_random(folder: Path, config: ModelConfig, dtype: str = "bf16") -> Path
     """A checkpoint of random finite weights, streamed to disk: a folder in our own layout."""
     import torch
 
-    from mla_study.checkpoints.native import NAMES, as_bytes, parse_dtype
-    from mla_study.checkpoints.save import write_layout
-    from mla_study.checkpoints.wan import expected_shapes
-    from mla_study.checkpoints.writer import Item
+    from mla_study.checkpoints.wan.load import expected_shapes
+    from mla_study.checkpoints.wan.native import NAMES, as_bytes, parse_dtype
+    from mla_study.checkpoints.wan.save import write_layout
+    from mla_study.checkpoints.wan.writer import Item
 
     kind = parse_dtype(dtype)
     assert kind is not None

@@ -156,7 +156,7 @@ def _weightwatcher(path: Path, layers: int) -> float:
         ) from None
     import logging
 
-    from mla_study.checkpoints.reader import open_checkpoint
+    from mla_study.checkpoints.opening import open_checkpoint
 
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
     torch.set_num_threads(1)

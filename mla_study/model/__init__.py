@@ -1,1 +1,1 @@
-"""The Wan transformer with dense or latent self-attention, its caches, and conversion between them."""
+"""The Wan transformer with dense or latent self-attention, its caches, and conversion."""

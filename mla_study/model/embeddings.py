@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mla_study.checkpoints.container import Container, open_container
+from mla_study.checkpoints.formats.container import Container
+from mla_study.checkpoints.formats.opening import open_container
 from mla_study.config import ModelConfig
 from mla_study.errors import UserError
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mla_study.checkpoints.container import TensorInfo
+from mla_study.checkpoints.formats.container import TensorInfo
 from mla_study.errors import UserError
 from mla_study.model.embeddings import TEXT_LEN, padded, short
 from mla_study.model.wan_folder import (

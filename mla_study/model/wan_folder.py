@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mla_study.checkpoints.container import shown
+from mla_study.checkpoints.formats.container import shown
 from mla_study.checkpoints.locate import SUFFIXES
-from mla_study.checkpoints.native import (
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.reader import Checkpoint
+from mla_study.checkpoints.wan.native import (
     DTYPES,
     NAMES,
     Mapper,
@@ -27,7 +29,6 @@ from mla_study.checkpoints.native import (
     require_finite,
     stored_in,
 )
-from mla_study.checkpoints.reader import Checkpoint, open_checkpoint
 from mla_study.errors import UserError
 
 ORIGINAL_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"

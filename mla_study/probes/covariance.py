@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from mla_study.checkpoints.container import open_container
-from mla_study.checkpoints.operators import Attention
-from mla_study.checkpoints.roles import is_cross, match_weight, numbers
+from mla_study.checkpoints.formats.opening import open_container
+from mla_study.checkpoints.operators.find import Attention
+from mla_study.checkpoints.operators.roles import is_cross, match_weight, numbers
 from mla_study.errors import UserError
 
 _ROLES = ("kv_down", "k", "kv", "qkv", "v", "q", "q_down")  # whose input is the keys' input

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mla_study.checkpoints.operators import Attention
+from mla_study.checkpoints.operators.find import Attention
 from mla_study.checkpoints.reader import Checkpoint
 from mla_study.probes.spectrum import factored_singular_values
 from mla_study.probes.stacks import GAUGES, STACKS, Spectrum, Stacks, Weights

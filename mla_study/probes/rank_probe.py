@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mla_study.checkpoints.operators import Attention, Found, find_operators
-from mla_study.checkpoints.reader import Checkpoint, OpenSpec, open_checkpoint
-from mla_study.checkpoints.roles import parse_map
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.find import Attention, Found, find_operators
+from mla_study.checkpoints.operators.roles import parse_map
+from mla_study.checkpoints.reader import Checkpoint, OpenSpec
 from mla_study.errors import UserError
 from mla_study.probes.covariance import covariances_of
 from mla_study.probes.layer import DEFAULT_OPERATORS, OPERATORS, Request, unavailable

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mla_study.checkpoints.locate import SUFFIXES
-from mla_study.checkpoints.operators import Attention
+from mla_study.checkpoints.operators.find import Attention
 from mla_study.errors import UserError
 from mla_study.probes.layer import Request, subspace_rank
 from mla_study.probes.rank_probe import Digests, Inspected, Options, Probed, inspect, probe_sources

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from mla_study.checkpoints.operators import Attention, Part
+from mla_study.checkpoints.operators.find import Attention, Part
 from mla_study.checkpoints.reader import Checkpoint
 from mla_study.errors import UserError
 from mla_study.probes.names import public_name

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mla_study.checkpoints.operators import Attention
+from mla_study.checkpoints.operators.find import Attention
 from mla_study.probes import nulls
 from mla_study.probes.stacks import Spectrum
 from mla_study.probes.store import Measured

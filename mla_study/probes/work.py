@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from mla_study.checkpoints.operators import Attention
-from mla_study.checkpoints.reader import Checkpoint, OpenSpec, open_checkpoint
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.find import Attention
+from mla_study.checkpoints.reader import Checkpoint, OpenSpec
 from mla_study.errors import UserError
 from mla_study.probes import nulls
 from mla_study.probes.layer import Request, measure_attention, subspace_of, subspace_rank

@@ -55,7 +55,7 @@ def build_model(choice: ModelChoice, say: Say) -> WanTransformer:
         config = preset(choice.preset or "mini", latent)
         say(f"random weights: the video of this {config.name} model shows nothing but its noise")
         return random_model(config).to(device, dtype)
-    from mla_study.checkpoints.wan import load_model
+    from mla_study.checkpoints.wan.load import load_model
 
     config = None if choice.preset is None else preset(choice.preset, choice.variant == "latent")
     notes: list[str] = []

@@ -25,7 +25,7 @@ def _files_closed() -> Iterator[None]:
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries follow at once, and no proxy of the environment comes between."""
-    from mla_study.checkpoints import ranges
+    from mla_study.checkpoints.formats import ranges
 
     monkeypatch.setattr(ranges, "BACKOFF_S", 0.0)
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):

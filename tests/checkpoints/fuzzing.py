@@ -256,7 +256,8 @@ def seeds_of(kind: str, folder: Path) -> list[bytes]:
 
 def attempt(path: Path) -> str:
     """'read' or 'refused'; anything else that happens is the finding."""
-    from mla_study.checkpoints.container import Container, TensorInfo, open_container
+    from mla_study.checkpoints.formats.container import Container, TensorInfo
+    from mla_study.checkpoints.formats.opening import open_container
     from mla_study.errors import UserError
 
     def read_whole(file: Container, info: TensorInfo) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from checkpoints.safetensors_bytes import build
-from mla_study.checkpoints.blocks import Attention, Found
-from mla_study.checkpoints.operators import find_operators
-from mla_study.checkpoints.reader import Checkpoint, OpenSpec, open_checkpoint
-from mla_study.checkpoints.roles import parse_map
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.blocks import Attention, Found
+from mla_study.checkpoints.operators.find import find_operators
+from mla_study.checkpoints.operators.roles import parse_map
+from mla_study.checkpoints.reader import Checkpoint, OpenSpec
 
 Arrays = dict[str, np.ndarray]
 

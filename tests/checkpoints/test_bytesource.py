@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mla_study.checkpoints import bytesource
-from mla_study.checkpoints.bytesource import LocalBytes, is_remote, open_bytes
+from mla_study.checkpoints.formats import bytesource
+from mla_study.checkpoints.formats.bytesource import LocalBytes, is_remote
+from mla_study.checkpoints.formats.sources import open_bytes
 from mla_study.errors import UserError
 
 

@@ -11,10 +11,10 @@ import tyro
 from safetensors.torch import load_file, save_file
 
 from checkpoints.wan_files import TINY, TINY_LATENT, random_state, same, write_original
-from mla_study.checkpoints.convert import convert, weights_sha256
-from mla_study.checkpoints.info import info
-from mla_study.checkpoints.save import save_model
-from mla_study.checkpoints.wan import WanSource, load_model
+from mla_study.checkpoints.wan.convert import convert, weights_sha256
+from mla_study.checkpoints.wan.info import info
+from mla_study.checkpoints.wan.load import WanSource, load_model
+from mla_study.checkpoints.wan.save import save_model
 from mla_study.commands.checkpoint import Checkpoint, parse_size
 from mla_study.errors import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mla_study.checkpoints.dtypes import BITS, DECODED, decode, fp8_table, stored_nbytes
+from mla_study.checkpoints.formats.dtypes import BITS, DECODED, decode, fp8_table, stored_nbytes
 
 torch = pytest.importorskip("torch")
 

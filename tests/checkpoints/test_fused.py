@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from checkpoints.making import Maker, find, matrix
-from mla_study.checkpoints.blocks import Heads, Part
+from mla_study.checkpoints.operators.blocks import Heads, Part
 from mla_study.errors import UserError
 
 D = 12  # three heads of four

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_study.checkpoints.container import open_container
-from mla_study.checkpoints.gguf_file import GgufFile
+from mla_study.checkpoints.formats.gguf_file import GgufFile
+from mla_study.checkpoints.formats.opening import open_container
 from mla_study.errors import UserError
 
 gguf = pytest.importorskip("gguf")
@@ -223,7 +223,7 @@ def test_without_the_package(tmp_path):
     blocks = write(tmp_path / "b.gguf", {"w": (array, KINDS.Q8_0)})
     program = (
         "import sys; sys.modules['gguf'] = None\n"
-        "from mla_study.checkpoints.gguf_file import GgufFile\n"
+        "from mla_study.checkpoints.formats.gguf_file import GgufFile\n"
         "from mla_study.errors import UserError\n"
         f"print(GgufFile({plain!r}).read('w').sum())\n"
         f"try: GgufFile({blocks!r})\n"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from checkpoints.making import Maker, find
-from mla_study.checkpoints.blocks import Heads
-from mla_study.checkpoints.config_facts import ConfigFacts
+from mla_study.checkpoints.operators.blocks import Heads
+from mla_study.checkpoints.operators.config_facts import ConfigFacts
 from mla_study.errors import UserError
 
 D = 10
@@ -187,7 +187,7 @@ def test_old_name_of_the_heads_in_diffusers(tmp_path: Path) -> None:
 
 def test_config_inside_the_file(tmp_path: Path) -> None:
     from checkpoints.making import save
-    from mla_study.checkpoints.reader import open_checkpoint
+    from mla_study.checkpoints.opening import open_checkpoint
 
     for text, heads in (
         ('{"num_heads": 6, "num_layers": 3}', 6),

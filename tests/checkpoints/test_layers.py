@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from checkpoints.making import find, save
-from mla_study.checkpoints.blocks import Found
-from mla_study.checkpoints.layers import natural
+from mla_study.checkpoints.operators.blocks import Found
+from mla_study.checkpoints.operators.layers import natural
 from mla_study.errors import UserError
 
 _ONE = np.ones((2, 2), np.float32)

@@ -13,7 +13,7 @@ import pytest
 
 from checkpoints.safetensors_bytes import build
 from mla_study.checkpoints.locate import locate
-from mla_study.checkpoints.reader import open_checkpoint
+from mla_study.checkpoints.opening import open_checkpoint
 from mla_study.errors import UserError
 
 TINY = build({"a.k.weight": np.ones((2, 2), np.float32)})

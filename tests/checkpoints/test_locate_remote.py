@@ -12,8 +12,9 @@ import pytest
 from checkpoints.range_server import Site, Start
 from checkpoints.safetensors_bytes import build
 from mla_study.checkpoints.locate import locate
-from mla_study.checkpoints.operators import find_operators
-from mla_study.checkpoints.reader import OpenSpec, open_checkpoint
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.find import find_operators
+from mla_study.checkpoints.reader import OpenSpec
 from mla_study.errors import UserError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

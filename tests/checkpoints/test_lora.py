@@ -12,8 +12,9 @@ import pytest
 
 from checkpoints.making import Arrays, Maker, save, summary
 from mla_study.checkpoints.lora import LoraCheckpoint
-from mla_study.checkpoints.operators import find_operators
-from mla_study.checkpoints.reader import Checkpoint, OpenSpec, open_checkpoint
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.find import find_operators
+from mla_study.checkpoints.reader import Checkpoint, OpenSpec
 from mla_study.errors import UserError
 
 M, N, R = 9, 7, 3

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_study.checkpoints.container import open_container
-from mla_study.checkpoints.onnx_file import OnnxFile
+from mla_study.checkpoints.formats.onnx_file import OnnxFile
+from mla_study.checkpoints.formats.opening import open_container
 from mla_study.errors import UserError
 
 onnx = pytest.importorskip("onnx")
@@ -378,7 +378,7 @@ class TestRefusals:
         path = write(tmp_path / "a.onnx", [], {"w": draw(2, 3)})
         program = (
             "import sys; sys.modules['onnx'] = None\n"
-            "from mla_study.checkpoints.onnx_file import OnnxFile\n"
+            "from mla_study.checkpoints.formats.onnx_file import OnnxFile\n"
             "from mla_study.errors import UserError\n"
             f"try: OnnxFile({path!r})\n"
             "except UserError as error: print(error)\n"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from checkpoints.making import Maker, find, matrix, summary
-from mla_study.checkpoints.blocks import Heads
-from mla_study.checkpoints.operators import find_operators
-from mla_study.checkpoints.reader import OpenSpec, open_checkpoint
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.blocks import Heads
+from mla_study.checkpoints.operators.find import find_operators
+from mla_study.checkpoints.reader import OpenSpec
 from mla_study.errors import UserError
 
 D = 15

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints.test_operators import FAMILIES
-from mla_study.checkpoints.blocks import Found
-from mla_study.checkpoints.container import TensorInfo
+from mla_study.checkpoints.formats.container import TensorInfo
 from mla_study.checkpoints.locate import Located
-from mla_study.checkpoints.operators import find_operators
+from mla_study.checkpoints.operators.blocks import Found
+from mla_study.checkpoints.operators.find import find_operators
+from mla_study.checkpoints.operators.roles import FAMILIES as TOKEN_TABLE
+from mla_study.checkpoints.operators.roles import NORMS
 from mla_study.checkpoints.reader import Checkpoint, OpenSpec
-from mla_study.checkpoints.roles import FAMILIES as TOKEN_TABLE
-from mla_study.checkpoints.roles import NORMS
 from mla_study.errors import UserError
 
 TOKENS = sorted(

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from checkpoints.range_server import Start
-from mla_study.checkpoints import ranges
-from mla_study.checkpoints.bytesource import open_bytes
-from mla_study.checkpoints.remote import HttpBytes
+from mla_study.checkpoints.formats import ranges
+from mla_study.checkpoints.formats.remote import HttpBytes
+from mla_study.checkpoints.formats.sources import open_bytes
 from mla_study.errors import UserError
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from checkpoints.making import Maker, find, opened, save, summary
 from checkpoints.safetensors_bytes import build
-from mla_study.checkpoints.operators import find_operators
-from mla_study.checkpoints.reader import OpenSpec, open_checkpoint, peel, peel_all
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.find import find_operators
+from mla_study.checkpoints.reader import OpenSpec, peel, peel_all
 from mla_study.errors import UserError
 
 # Names

@@ -13,9 +13,9 @@ import pytest
 
 from checkpoints.range_server import Site, Start
 from checkpoints.safetensors_bytes import build
-from mla_study.checkpoints.bytesource import open_bytes
-from mla_study.checkpoints.container import open_container
-from mla_study.checkpoints.remote import parse_hub, resolve_hub
+from mla_study.checkpoints.formats.opening import open_container
+from mla_study.checkpoints.formats.remote import parse_hub, resolve_hub
+from mla_study.checkpoints.formats.sources import open_bytes
 from mla_study.errors import UserError
 
 
@@ -89,7 +89,7 @@ def test_ignored_range_is_not_read_through() -> None:
     listener.settimeout(10)
     port = listener.getsockname()[1]
     script = (
-        "from mla_study.checkpoints.bytesource import open_bytes\n"
+        "from mla_study.checkpoints.formats.sources import open_bytes\n"
         f"open_bytes('http://127.0.0.1:{port}/x')"
     )
     with subprocess.Popen(

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mla_study.checkpoints.roles import (
+from mla_study.checkpoints.operators.roles import (
     FAMILIES,
     is_cross,
     match_norm,

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from checkpoints.safetensors_bytes import build, entry, pack
-from mla_study.checkpoints.container import TensorInfo, open_container, shown, sniff
-from mla_study.checkpoints.safetensors_file import SafetensorsFile
+from mla_study.checkpoints.formats.container import TensorInfo, shown, sniff
+from mla_study.checkpoints.formats.opening import open_container
+from mla_study.checkpoints.formats.safetensors_file import SafetensorsFile
 from mla_study.errors import UserError
 
 

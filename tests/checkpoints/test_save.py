@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from checkpoints.wan_files import TINY, TINY_LATENT, random_state, same
-from mla_study.checkpoints import stage
-from mla_study.checkpoints.save import save_model
-from mla_study.checkpoints.wan import WanSource, load_model
-from mla_study.checkpoints.wan_names import to_diffusers
+from mla_study.checkpoints.wan import stage
+from mla_study.checkpoints.wan.load import WanSource, load_model
+from mla_study.checkpoints.wan.names import to_diffusers
+from mla_study.checkpoints.wan.save import save_model
 from mla_study.config import ModelConfig, mini
 from mla_study.errors import UserError
 from mla_study.model.transformer import WanTransformer

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_study.checkpoints.container import open_container
-from mla_study.checkpoints.torch_file import TorchFile
+from mla_study.checkpoints.formats.opening import open_container
+from mla_study.checkpoints.formats.torch_file import TorchFile
 from mla_study.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -344,7 +344,7 @@ class TestRefusals:
         path = saved(tmp_path / "a.pt", {"w": torch.ones(2, 2)})
         program = (
             "import sys; sys.modules['torch'] = None\n"
-            "from mla_study.checkpoints.torch_file import TorchFile\n"
+            "from mla_study.checkpoints.formats.torch_file import TorchFile\n"
             "from mla_study.errors import UserError\n"
             f"try: TorchFile({path!r})\n"
             "except UserError as error: print(error)\n"

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints.wan_files import TINY, random_state, same, write_original
-from mla_study.checkpoints.wan import WanSource, expected_shapes, load_model
-from mla_study.checkpoints.wan_config import parse, resolve
-from mla_study.checkpoints.wan_names import is_latent, naming_of, to_diffusers, to_original
+from mla_study.checkpoints.wan.config import parse, resolve
+from mla_study.checkpoints.wan.load import WanSource, expected_shapes, load_model
+from mla_study.checkpoints.wan.names import is_latent, naming_of, to_diffusers, to_original
 from mla_study.config import ModelConfig, WindowConfig, wan_1_3b, wan_14b
 from mla_study.errors import UserError
 

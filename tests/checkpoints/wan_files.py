@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mla_study.checkpoints.layouts import original_json
-from mla_study.checkpoints.wan import expected_shapes
+from mla_study.checkpoints.wan.layouts import original_json
+from mla_study.checkpoints.wan.load import expected_shapes
 from mla_study.config import LatentConfig, ModelConfig, WindowConfig
 
 TINY = ModelConfig(

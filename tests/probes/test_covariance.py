@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from probe_files import latent, wan, write
 
-from mla_study.checkpoints.operators import Attention, find_operators
-from mla_study.checkpoints.reader import open_checkpoint
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.find import Attention, find_operators
 from mla_study.errors import UserError
 from mla_study.probes.activations import save_covariance
 from mla_study.probes.covariance import covariance_key, covariances_of

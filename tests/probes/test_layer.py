@@ -11,8 +11,8 @@ import pytest
 import scipy.linalg
 from probe_files import Arrays, gqa, joint, latent, wan, write
 
-from mla_study.checkpoints.operators import Heads, find_operators
-from mla_study.checkpoints.reader import open_checkpoint
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.find import Heads, find_operators
 from mla_study.errors import UserError
 from mla_study.probes.layer import (
     OPERATORS,

@@ -10,8 +10,8 @@ import pytest
 import scipy.linalg
 from probe_files import Arrays, as_bf16, config, gqa, joint, latent, wan, write
 
-from mla_study.checkpoints.operators import find_operators
-from mla_study.checkpoints.reader import open_checkpoint
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.find import find_operators
 from mla_study.errors import UserError
 from mla_study.probes.activations import save_covariance
 from mla_study.probes.nulls import gaussian_null, gaussian_product_null

@@ -9,8 +9,9 @@ import pytest
 import scipy.linalg
 from probe_files import Arrays, as_bf16, gqa, joint, wan, write
 
-from mla_study.checkpoints.operators import Attention, Part, find_operators
-from mla_study.checkpoints.reader import Checkpoint, open_checkpoint
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.operators.find import Attention, Part, find_operators
+from mla_study.checkpoints.reader import Checkpoint
 from mla_study.errors import UserError
 from mla_study.probes.stacks import STACKS, Stacks, Weights, _compact
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mla_study.checkpoints.operators import Attention, Part
+from mla_study.checkpoints.operators.find import Attention, Part
 from mla_study.probes.nulls import DEFAULT_KS, gaussian_null, truncated_null
 from mla_study.probes.spectrum import METRICS, measures
 from mla_study.probes.stacks import Spectrum

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_study.checkpoints.locate import read_json
-from mla_study.checkpoints.wan_names import is_latent
+from mla_study.checkpoints.wan.names import is_latent
 from mla_study.config import (
     PRESETS,
     ModelConfig,

@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mla_study.checkpoints.wan import Difference, WanSource, expected_shapes
-from mla_study.checkpoints.wan_config import Described, inferred, latent_sizes, sane
+from mla_study.checkpoints.wan.config import Described, inferred, latent_sizes, sane
+from mla_study.checkpoints.wan.load import Difference, WanSource, expected_shapes
 from mla_study.config import LatentConfig, ModelConfig, to_dict
 from mla_study.errors import UserError
 

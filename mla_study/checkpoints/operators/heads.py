@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from mla_study.checkpoints.blocks import Block, Heads, Part
-from mla_study.checkpoints.config_facts import ConfigFacts
+from mla_study.checkpoints.operators.blocks import Block, Heads, Part
+from mla_study.checkpoints.operators.config_facts import ConfigFacts
 from mla_study.checkpoints.reader import Checkpoint
 from mla_study.errors import UserError
 

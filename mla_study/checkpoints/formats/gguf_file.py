@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mla_study.checkpoints.bytesource import LocalBytes
-from mla_study.checkpoints.container import TensorInfo, shown
-from mla_study.checkpoints.dtypes import decode
+from mla_study.checkpoints.formats.bytesource import LocalBytes
+from mla_study.checkpoints.formats.container import TensorInfo, shown
+from mla_study.checkpoints.formats.dtypes import decode
 from mla_study.errors import UserError
 
 _SCALARS = {

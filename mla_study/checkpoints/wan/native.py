@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mla_study.checkpoints.container import Container, TensorInfo, shown
-from mla_study.checkpoints.dtypes import all_finite
+from mla_study.checkpoints.formats.container import Container, TensorInfo, shown
+from mla_study.checkpoints.formats.dtypes import all_finite
+from mla_study.checkpoints.formats.safetensors_file import SafetensorsFile
+from mla_study.checkpoints.formats.torch_file import TorchFile
 from mla_study.checkpoints.reader import Checkpoint
-from mla_study.checkpoints.safetensors_file import SafetensorsFile
-from mla_study.checkpoints.torch_file import TorchFile
 from mla_study.errors import UserError
 
 DTYPES = {
@@ -173,4 +173,4 @@ def require_finite(raw: bytes | memoryview, dtype: str, name: str, path: str) ->
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; a view where it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]

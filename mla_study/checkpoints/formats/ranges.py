@@ -21,8 +21,8 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 import numpy as np
 
-from mla_study.checkpoints.bytesource import OnBytes
-from mla_study.checkpoints.container import sniff
+from mla_study.checkpoints.formats.bytesource import OnBytes
+from mla_study.checkpoints.formats.container import sniff
 from mla_study.errors import UserError
 
 TRIES = 5  # without progress in between

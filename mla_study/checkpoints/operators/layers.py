@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mla_study.checkpoints.blocks import Attention, Found, Kind
-from mla_study.checkpoints.config_facts import ConfigFacts, checked_layers
-from mla_study.checkpoints.roles import numbers, template
+from mla_study.checkpoints.operators.blocks import Attention, Found, Kind
+from mla_study.checkpoints.operators.config_facts import ConfigFacts, checked_layers
+from mla_study.checkpoints.operators.roles import numbers, template
 
 # what comes after the main stack, however it is called; the main stack keeps its numbers
 _RANKS = (

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from mla_study.checkpoints.bytesource import LocalBytes
-from mla_study.checkpoints.container import MAX_HEADER_BYTES, TensorInfo, shown
-from mla_study.checkpoints.dtypes import DECODED, decode
-from mla_study.checkpoints.torch_wrappers import peel
+from mla_study.checkpoints.formats.bytesource import LocalBytes
+from mla_study.checkpoints.formats.container import MAX_HEADER_BYTES, TensorInfo, shown
+from mla_study.checkpoints.formats.dtypes import DECODED, decode
+from mla_study.checkpoints.formats.torch_wrappers import peel
 from mla_study.errors import UserError
 
 _NAMES = {

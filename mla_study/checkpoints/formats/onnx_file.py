@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from mla_study.checkpoints.bytesource import LocalBytes
-from mla_study.checkpoints.container import TensorInfo, shown
-from mla_study.checkpoints.dtypes import DECODED, decode, stored_nbytes
-from mla_study.checkpoints.onnx_names import Graph, Use, walk
+from mla_study.checkpoints.formats.bytesource import LocalBytes
+from mla_study.checkpoints.formats.container import TensorInfo, shown
+from mla_study.checkpoints.formats.dtypes import DECODED, decode, stored_nbytes
+from mla_study.checkpoints.formats.onnx_names import Graph, Use, walk
 from mla_study.errors import UserError
 
 # TensorProto.DataType -> our name, the field that may hold the values instead of raw_data, and

@@ -12,19 +12,19 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mla_study.checkpoints.layouts import (
+from mla_study.checkpoints.formats.safetensors_file import SafetensorsFile
+from mla_study.checkpoints.locate import read_json
+from mla_study.checkpoints.wan.config import SCHEMA, parse, same_weights
+from mla_study.checkpoints.wan.layouts import (
     Layout,
     diffusers_json,
     original_json,
     own_json,
     renamed,
 )
-from mla_study.checkpoints.locate import read_json
-from mla_study.checkpoints.native import NAMES, Mapper, as_bytes, parse_dtype
-from mla_study.checkpoints.safetensors_file import SafetensorsFile
-from mla_study.checkpoints.stage import occupied, staged
-from mla_study.checkpoints.wan_config import SCHEMA, parse, same_weights
-from mla_study.checkpoints.writer import (
+from mla_study.checkpoints.wan.native import NAMES, Mapper, as_bytes, parse_dtype
+from mla_study.checkpoints.wan.stage import occupied, staged
+from mla_study.checkpoints.wan.writer import (
     Item,
     OnBytes,
     item_of,
@@ -65,7 +65,7 @@ def save_model(
         overwrite: replace weights that lie there.
 
     Returns:
-        The folder or file that :func:`~mla_study.checkpoints.wan.load_model` opens.
+        The folder or file that :func:`~mla_study.checkpoints.wan.load.load_model` opens.
 
     Raises:
         UserError: names or shapes that do not fit the config, a layout that cannot hold it, weights
@@ -250,7 +250,7 @@ def _save_torch(path: Path, items: Sequence[Item], on_bytes: OnBytes | None) -> 
     with path.open("xb") as file:
         counted = _Counted(file, on_bytes)
         try:
-            torch.save({"generator": generator}, counted)
+            torch.save({"generator": generator}, counted)  # pyright: ignore[reportArgumentType]
         except RuntimeError:  # torch's writer says this of any failed write
             if counted.error is not None:
                 raise counted.error from None

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mla_study.checkpoints.dtypes import BITS, stored_nbytes
-from mla_study.checkpoints.native import NAMES, as_bytes
+from mla_study.checkpoints.formats.dtypes import BITS, stored_nbytes
+from mla_study.checkpoints.wan.native import NAMES, as_bytes
 
 OnBytes = Callable[[int], object]
 _PIECE = 1 << 24

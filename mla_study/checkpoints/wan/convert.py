@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from mla_study.checkpoints.layouts import Layout
-from mla_study.checkpoints.native import (
+from mla_study.checkpoints.wan.layouts import Layout
+from mla_study.checkpoints.wan.load import WanSource, expected_shapes
+from mla_study.checkpoints.wan.native import (
     DTYPES,
     NAMES,
     as_bytes,
@@ -21,9 +22,8 @@ from mla_study.checkpoints.native import (
     refuse_integers,
     require_finite,
 )
-from mla_study.checkpoints.save import write_layout
-from mla_study.checkpoints.wan import WanSource, expected_shapes
-from mla_study.checkpoints.writer import Item, OnBytes
+from mla_study.checkpoints.wan.save import write_layout
+from mla_study.checkpoints.wan.writer import Item, OnBytes
 from mla_study.config import ModelConfig
 
 
@@ -60,8 +60,8 @@ def convert(
         progress: called with the bytes to come, gives a function called after each piece.
 
     Raises:
-        UserError: as :func:`~mla_study.checkpoints.wan.load_model` and
-            :func:`~mla_study.checkpoints.save.save_model`.
+        UserError: as :func:`~mla_study.checkpoints.wan.load.load_model` and
+            :func:`~mla_study.checkpoints.wan.save.save_model`.
     """
     target = parse_dtype(dtype)
     source = WanSource(src, weights)

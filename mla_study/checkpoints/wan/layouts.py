@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mla_study.checkpoints.wan_config import SCHEMA, UPSTREAM_TEXT_LEN
-from mla_study.checkpoints.wan_names import to_diffusers
+from mla_study.checkpoints.wan.config import SCHEMA, UPSTREAM_TEXT_LEN
+from mla_study.checkpoints.wan.names import to_diffusers
 from mla_study.config import ModelConfig, to_dict
 from mla_study.errors import UserError
 

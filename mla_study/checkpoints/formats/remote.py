@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from mla_study.checkpoints.bytesource import OnBytes
-from mla_study.checkpoints.ranges import TIMEOUT_S, HttpBytes
+from mla_study.checkpoints.formats.bytesource import OnBytes
+from mla_study.checkpoints.formats.ranges import TIMEOUT_S, HttpBytes
 from mla_study.errors import UserError
 
 __all__ = ["HttpBytes", "HubListing", "open_hub_file", "parse_hub", "resolve_hub", "whole_limit"]
@@ -26,7 +26,7 @@ class HubListing:
 
     ``inside`` is the path within the repository that was asked for ('' for the whole of it);
     ``files`` are all paths in it, relative to its root; :meth:`address` of one of them goes to
-    :func:`mla_study.checkpoints.container.open_container`, in any process.
+    :func:`mla_study.checkpoints.formats.opening.open_container`, in any process.
     """
 
     repo: str

@@ -16,8 +16,8 @@ from typing import Any, TypeGuard, cast
 
 import numpy as np
 
-from mla_study.checkpoints.bytesource import ByteSource, open_bytes
-from mla_study.checkpoints.container import (
+from mla_study.checkpoints.formats.bytesource import ByteSource
+from mla_study.checkpoints.formats.container import (
     HEAD_BYTES,
     MAX_HEADER_BYTES,
     TensorInfo,
@@ -25,7 +25,8 @@ from mla_study.checkpoints.container import (
     shown,
     sniff,
 )
-from mla_study.checkpoints.dtypes import DECODED, decode, stored_nbytes
+from mla_study.checkpoints.formats.dtypes import DECODED, decode, stored_nbytes
+from mla_study.checkpoints.formats.sources import open_bytes
 from mla_study.errors import UserError
 
 _AGAIN = "it is damaged or truncated; download or save it again"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from mla_study.checkpoints.blocks import Block, Part
-from mla_study.checkpoints.config_facts import ConfigFacts
+from mla_study.checkpoints.operators.blocks import Block, Part
+from mla_study.checkpoints.operators.config_facts import ConfigFacts
 from mla_study.checkpoints.reader import Checkpoint
 from mla_study.errors import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mla_study.checkpoints.container import shown
+from mla_study.checkpoints.formats.container import shown
 from mla_study.errors import UserError
 
 # In order of preference: a live network before its running average, a generator before its critic.

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_study.checkpoints.container import TensorInfo, open_container
+from mla_study.checkpoints.formats.container import TensorInfo
+from mla_study.checkpoints.formats.opening import open_container
 from mla_study.checkpoints.locate import locate
 from mla_study.checkpoints.lora import LoraCheckpoint
-from mla_study.checkpoints.native import NAMES, as_bytes, require_finite
-from mla_study.checkpoints.reader import Checkpoint, OpenSpec, open_checkpoint
-from mla_study.checkpoints.wan_names import to_diffusers
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.reader import Checkpoint, OpenSpec
+from mla_study.checkpoints.wan.names import to_diffusers
+from mla_study.checkpoints.wan.native import NAMES, as_bytes, require_finite
 from mla_study.errors import UserError
 
 _DIFFUSERS = re.compile(r"[._]attn[12][._]|ffn[._]net[._]|condition_embedder|proj_out")

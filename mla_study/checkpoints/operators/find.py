@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mla_study.checkpoints.blocks import (
+from mla_study.checkpoints.operators.blocks import (
     Attention,
     Block,
     Found,
@@ -16,8 +16,8 @@ from mla_study.checkpoints.blocks import (
     Layout,
     Part,
 )
-from mla_study.checkpoints.config_facts import ConfigFacts
-from mla_study.checkpoints.fused import (
+from mla_study.checkpoints.operators.config_facts import ConfigFacts
+from mla_study.checkpoints.operators.fused import (
     FUSED_QKV,
     split_kv,
     split_latent,
@@ -26,10 +26,9 @@ from mla_study.checkpoints.fused import (
     whole,
     without_gates,
 )
-from mla_study.checkpoints.heads import find_heads, find_norms
-from mla_study.checkpoints.layers import natural, number_layers
-from mla_study.checkpoints.reader import Checkpoint
-from mla_study.checkpoints.roles import (
+from mla_study.checkpoints.operators.heads import find_heads, find_norms
+from mla_study.checkpoints.operators.layers import natural, number_layers
+from mla_study.checkpoints.operators.roles import (
     EXCLUDED,
     NORMS,
     MapRule,
@@ -39,6 +38,7 @@ from mla_study.checkpoints.roles import (
     match_weight,
     template,
 )
+from mla_study.checkpoints.reader import Checkpoint
 from mla_study.errors import UserError
 
 __all__ = ["Attention", "Found", "Heads", "Part", "find_operators"]

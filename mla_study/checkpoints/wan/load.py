@@ -22,7 +22,18 @@ import torch
 from torch import Tensor
 
 from mla_study.checkpoints.lora import LoraCheckpoint
-from mla_study.checkpoints.native import (
+from mla_study.checkpoints.opening import open_checkpoint
+from mla_study.checkpoints.reader import OpenSpec
+from mla_study.checkpoints.wan.config import Described, Shapes, resolve
+from mla_study.checkpoints.wan.lora import Addition
+from mla_study.checkpoints.wan.names import (
+    AUXILIARY,
+    is_latent,
+    naming_of,
+    to_diffusers,
+    to_original,
+)
+from mla_study.checkpoints.wan.native import (
     DTYPES,
     NAMES,
     Mapper,
@@ -32,16 +43,6 @@ from mla_study.checkpoints.native import (
     refuse_integers,
     require_finite,
     stored_in,
-)
-from mla_study.checkpoints.reader import OpenSpec, open_checkpoint
-from mla_study.checkpoints.wan_config import Described, Shapes, resolve
-from mla_study.checkpoints.wan_lora import Addition
-from mla_study.checkpoints.wan_names import (
-    AUXILIARY,
-    is_latent,
-    naming_of,
-    to_diffusers,
-    to_original,
 )
 from mla_study.config import ModelConfig
 from mla_study.errors import UserError

@@ -1,0 +1,1 @@
+"""Finding the attention operators in a bag of tensors."""

@@ -1,0 +1,1 @@
+"""Wan checkpoints of every layout: one key table, strict loading, saving, conversion."""
