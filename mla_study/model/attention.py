@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mla_study.config import LatentConfig, ModelConfig
-from mla_study.kernels.latent_attention import FORMS
+from mla_study.kernels.latent_attention import FORMS, attend_expanded, expanded
 from mla_study.model.rope import Rotation
 
 Entry = tuple[Tensor, Tensor]
@@ -187,11 +187,32 @@ class LatentSelfAttention(SelfAttention):
         nope, rope = query[0], turn_q.apply(query[1])
         c = entry[0].to(nope.dtype)
         k_rope = turn_k.apply(entry[1][:, :, None, :])[:, :, 0].to(nope.dtype)
-        k_up = self.k_up.weight.unflatten(0, (self.heads, self.d_nope))
-        v_up = self.v_up.weight.unflatten(0, (self.heads, -1))
         options = {"head_group": self.head_group} if self.form == "reconstruct" else {}
         attend: Callable[..., Tensor] = FORMS[self.form]
-        return attend(nope, rope, c, k_rope, k_up, v_up, **options).flatten(2)
+        return attend(nope, rope, c, k_rope, *self._ups(), **options).flatten(2)
+
+    def _ups(self) -> tuple[Tensor, Tensor]:
+        k_up = self.k_up.weight.unflatten(0, (self.heads, self.d_nope))
+        return k_up, self.v_up.weight.unflatten(0, (self.heads, -1))
+
+    def attend(self, query: Query, entry: Entry, pieces: Sequence[Piece]) -> Tensor:
+        """As the base does; chunks share most of their keys, so each is reconstructed once."""
+        if self.form != "reconstruct" or self.head_group is not None or len(pieces) == 1:
+            return super().attend(query, entry, pieces)
+        keys, values = expanded(entry[0].to(query[0].dtype), *self._ups())
+        outs: list[Tensor] = []
+        for piece in pieces:
+            nope, rope = (_take(part, piece.queries) for part in query)
+            k_rope = piece.key_rotation.apply(_take(entry[1], piece.keys)[:, :, None, :])[:, :, 0]
+            out = attend_expanded(
+                nope,
+                piece.query_rotation.apply(rope),
+                _take(keys, piece.keys),
+                k_rope.to(nope.dtype),
+                _take(values, piece.keys),
+            )
+            outs.append(out.flatten(2))
+        return torch.cat(outs, dim=1)
 
 
 class CrossAttention(nn.Module):

@@ -141,8 +141,8 @@ def load(path: Path, rollout: Rollout, facts: Mapping[str, Any]) -> Saved:
     }
     chunk = int(metadata["next_chunk"])
     rollout.resume(chunk)
-    finished = metadata["finished"] == "1"
-    return Saved(chunk, marks_from(metadata["marks"]), tensors.get("tail"), finished)
+    tail = tensors["tail"].to(device) if "tail" in tensors else None
+    return Saved(chunk, marks_from(metadata["marks"]), tail, metadata["finished"] == "1")
 
 
 def _copy(x: Tensor) -> Tensor:

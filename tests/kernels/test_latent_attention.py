@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mla_study.kernels.latent_attention import FORMS, absorbed, reconstruct, reference
+from mla_study.kernels.latent_attention import (
+    FORMS,
+    absorbed,
+    attend_expanded,
+    expanded,
+    reconstruct,
+    reference,
+)
 from mla_study.kernels.latent_attention.reconstruct import augmented_up
 
 FAST = ("reconstruct", "absorbed")
@@ -129,6 +136,15 @@ def test_the_rotary_part_of_the_augmented_gemm_is_exact(seed: int) -> None:
     keys = both[..., : 3 * 9].unflatten(-1, (3, 9))
     for head in range(3):
         assert torch.equal(keys[:, :, head, 5:], k_rope)
+
+
+def test_expanding_first_changes_nothing(seed: int) -> None:
+    q_nope, q_rope, c, k_rope, k_up, v_up = inputs(2, 5, 9, 3, 7, 4, 6, 8, seed, torch.float64)
+    k_nope, v = expanded(c, k_up, v_up)
+    window = slice(2, 8)
+    mine = attend_expanded(q_nope, q_rope, k_nope[:, window], k_rope[:, window], v[:, window])
+    truth = reference(q_nope, q_rope, c[:, window], k_rope[:, window], k_up, v_up)
+    assert error(mine, truth) < 1e-14
 
 
 def test_head_groups_bound_the_transient(seed: int) -> None:

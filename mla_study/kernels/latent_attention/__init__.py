@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from mla_study.kernels.latent_attention.absorbed import absorbed
-from mla_study.kernels.latent_attention.reconstruct import reconstruct
+from mla_study.kernels.latent_attention.reconstruct import (
+    attend_expanded,
+    expanded,
+    reconstruct,
+)
 from mla_study.kernels.latent_attention.reference import reference
 
-__all__ = ["FORMS", "absorbed", "reconstruct", "reference"]
+__all__ = ["FORMS", "absorbed", "attend_expanded", "expanded", "reconstruct", "reference"]
 
 FORMS = {"reference": reference, "reconstruct": reconstruct, "absorbed": absorbed}

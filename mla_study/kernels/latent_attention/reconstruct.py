@@ -52,3 +52,30 @@ def reconstruct(
         value = both[..., n * d_head :].unflatten(-1, (n, d_v)).transpose(1, 2)
         outs.append(F.scaled_dot_product_attention(query[:, start:stop], key, value))
     return torch.cat(outs, dim=1).transpose(1, 2)
+
+
+def expanded(
+    c: Float[Tensor, "B K dc"], k_up: Float[Tensor, "H dn dc"], v_up: Float[Tensor, "H dv dc"]
+) -> tuple[Float[Tensor, "B K H dn"], Float[Tensor, "B K H dv"]]:
+    """Every head's content key and value, for tokens that several queries' windows share."""
+    heads, d_nope, _ = k_up.shape
+    both = c @ torch.cat([k_up.flatten(0, 1), v_up.flatten(0, 1)]).T
+    key, value = both.split([heads * d_nope, both.shape[-1] - heads * d_nope], dim=-1)
+    return key.unflatten(-1, (heads, d_nope)), value.unflatten(-1, (heads, v_up.shape[1]))
+
+
+def attend_expanded(
+    q_nope: Float[Tensor, "B M H dn"],
+    q_rope: Float[Tensor, "B M H dr"],
+    k_nope: Float[Tensor, "B K H dn"],
+    k_rope: Float[Tensor, "B K dr"],
+    v: Float[Tensor, "B K H dv"],
+) -> Float[Tensor, "B M H dv"]:
+    """:func:`reconstruct` after :func:`expanded`; the rotary key may differ from call to call."""
+    query = torch.cat([q_nope, q_rope], dim=-1)
+    shared = k_rope[:, :, None].expand(-1, -1, k_nope.shape[2], -1)
+    key = torch.cat([k_nope, shared], dim=-1)
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), v.transpose(1, 2)
+    )
+    return out.transpose(1, 2)
