@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mla_study.checkpoints.formats import remote
 from mla_study.checkpoints.formats.bytesource import ByteSource, LocalBytes, OnBytes, is_remote
+from mla_study.errors import UserError
 
 
 def open_bytes(path_or_url: str, on_bytes: OnBytes | None = None) -> ByteSource:
