@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 
 import pytest
@@ -22,10 +23,11 @@ def test_a_rollout_is_steady() -> None:
 
 
 def test_growth_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[bytearray] = []
+    held: list[mmap.mmap] = []  # pages of its own, where the heap may have free ones
 
     def slower(self: Rollout) -> Chunk | None:
-        held.append(bytearray(b"x" * (1 << 17)))
+        held.append(mmap.mmap(-1, 1 << 18))
+        held[-1].write(b"x" * (1 << 18))
         until = time.process_time() + 1e-3 * (1 + len(held) / 20)
         while time.process_time() < until:
             pass
