@@ -119,7 +119,8 @@ def depth_note(report: Report) -> list[str]:
     lead = f"{report.source.label}: {kinds} {plural} found"
     if found.expected_layers is None:
         return [f"{lead}; no config to compare with."]
-    expected = f"{lead}, {found.expected_layers} layers expected"
+    count = found.expected_layers
+    expected = f"{lead}, {count} {'layer' if count == 1 else 'layers'} expected"
     if not found.missing_layers:
         return [f"{expected}."]
     missing = ", ".join(map(str, found.missing_layers))

@@ -302,7 +302,7 @@ def test_a_missing_block_makes_a_result_partial(tmp_path: Path, seed: int) -> No
     assert sorted(set(found.table["layer"])) == [0, 2, 3]
     alone = write(tmp_path / "one.safetensors", wan(np.random.default_rng(seed), layers=1))
     assert probed(tmp_path, alone, layers=1).notes == [
-        "one.safetensors: 1 self-attention block found, 1 layers expected."
+        "one.safetensors: 1 self-attention block found, 1 layer expected."
     ]
 
 

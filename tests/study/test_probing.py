@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,23 @@ def test_a_full_disk_leaves_no_half_result(
     assert not list(out.glob("**/*.tmp*"))
     execute(Job((str(small),)), Options(), out, 1)
     assert names(out) == ["run.json", "spectra.parquet", "table.parquet"]
+
+
+@pytest.mark.parametrize("kilobytes", [24, 96])
+def test_a_disk_that_really_is_full(kilobytes: int, small: Path, tmp_path: Path) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        (place / "ballast").write_bytes(bytes(1024 * (kilobytes - 20)))
+        with pytest.raises(UserError, match="No space left on device"):
+            execute(Job((str(small),)), Options(), place / "out", 1)
+        assert names(place / "out") == [BLOCKS]
+        assert not list(place.glob("**/*.tmp*"))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 # Jobs
