@@ -303,11 +303,15 @@ _FLAGS: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcomman
 
 def rank_probe_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``rank-probe``; returns the exit code."""
-    options = tyro.cli(RankProbe, prog="rank-probe", args=argv, config=_FLAGS)
-    return _guarded("rank-probe", options.run)
+    return _guarded(
+        "rank-probe",
+        lambda: tyro.cli(RankProbe, prog="rank-probe", args=argv, config=_FLAGS).run(),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``mla-study``; returns the exit code."""
-    program = tyro.cli(Program, prog="mla-study", args=argv, config=_FLAGS)
-    return _guarded("mla-study", program.command.run)
+    return _guarded(
+        "mla-study",
+        lambda: tyro.cli(Program, prog="mla-study", args=argv, config=_FLAGS).command.run(),
+    )

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Float64
 
+from mla_study.checkpoints.safetensors_file import SafetensorsFile
 from mla_study.errors import UserError
 from mla_study.probes.spectrum import Method, singular_values
 
@@ -235,7 +236,7 @@ def save_covariance(path: str | Path, covariances: Covariances | Mapping[str, np
 def covariance_names(path: str | Path) -> list[str]:
     """Names of the second moments in a file, sorted; UserError where it is no such file."""
     with _open(Path(path)) as file:
-        return sorted(file.keys())
+        return sorted(file.tensors)
 
 
 def load_covariance(path: str | Path, names: Collection[str] | None = None) -> Covariances:
@@ -255,7 +256,7 @@ def load_covariance(path: str | Path, names: Collection[str] | None = None) -> C
     """
     source = Path(path)
     with _open(source) as file:
-        stored = list(file.keys())
+        stored = list(file.tensors)
         wanted = sorted(stored) if names is None else list(names)
         missing = [name for name in wanted if name not in stored]
         if missing or not wanted:
@@ -264,29 +265,29 @@ def load_covariance(path: str | Path, names: Collection[str] | None = None) -> C
                 f"{source} does not hold {what}: it has {', '.join(stored[:6]) or 'none'}"
             )
         matrices = {name: _checked(source, name, _tensor(file, source, name)) for name in wanted}
-        tokens = _token_counts(file.metadata() or {}, wanted)
+        tokens = _token_counts(file.metadata, wanted)
     return Covariances(matrices, tokens)
 
 
 @contextlib.contextmanager
-def _open(source: Path) -> Generator[Any]:
-    from safetensors import SafetensorError, safe_open
-
+def _open(source: Path) -> Generator[SafetensorsFile]:
     try:
-        handle = safe_open(source, framework="numpy")
-    except (OSError, SafetensorError) as error:
+        file = SafetensorsFile(str(source))
+    except UserError as error:
         raise UserError(
             f"{source} cannot be read as safetensors ({error}): give a file of covariances"
         ) from error
-    with handle as file:
+    try:
         yield file
+    finally:
+        file.close()
 
 
-def _tensor(file: Any, source: Path, name: str) -> np.ndarray:
-    stored = str(file.get_slice(name).get_dtype())
+def _tensor(file: SafetensorsFile, source: Path, name: str) -> np.ndarray:
+    stored = file.tensors[name].dtype
     if stored not in ("F32", "F64"):
         raise UserError(f"{source}: tensor '{name}' is {stored}, and a covariance needs F32 or F64")
-    return file.get_tensor(name)
+    return file.read(name)
 
 
 def _checked(source: Path, name: str, matrix: np.ndarray) -> np.ndarray:
@@ -316,7 +317,7 @@ def _checked(source: Path, name: str, matrix: np.ndarray) -> np.ndarray:
     return wide
 
 
-def _token_counts(metadata: Mapping[str, str], names: Collection[str]) -> dict[str, int]:
+def _token_counts(metadata: Mapping[str, Any], names: Collection[str]) -> dict[str, int]:
     try:
         counts = json.loads(metadata.get("tokens", "{}"))
         return {name: int(counts[name]) for name in names if name in counts}

@@ -361,6 +361,8 @@ class Stacks:
 
     def _by_svd(self, op: str, gauge: str) -> Spectrum:
         roles = STACKS[op]
+        if len(roles) > 1:  # a float64 copy of a whole stack: the Grams are made again after it
+            self._grams.clear()
         scale = np.concatenate([self._scale(role, gauge) for role in roles])
         sigma, method = singular_values([self._values(r) for r in roles], scale, exact_tail=True)
         return self._spectrum(op, gauge, sigma, method)

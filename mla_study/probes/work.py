@@ -81,7 +81,10 @@ class Item:
     seed: int = 0
 
     def key(self, salt: str) -> str:
-        """Name of the item's result in a store: a digest of all that the result depends on."""
+        """Name of the item's result in a store: a digest of all that the result depends on.
+
+        An address counts without its query, so that a fresh signature goes on with the same run.
+        """
         parts = {role: asdict(part) for role, part in self.attention.parts.items()}
         covariance = None
         if self.covariance is not None:
@@ -90,7 +93,7 @@ class Item:
         text = json.dumps(
             [
                 salt,
-                asdict(self.spec),
+                {k: v and public_name(v) for k, v in asdict(self.spec).items()},
                 self.identity,
                 self.attention.block,
                 self.attention.kind,

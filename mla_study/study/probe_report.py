@@ -226,7 +226,8 @@ def _num(value: Any, digits: int = 1) -> str:
     number = float(value)
     if digits == 1 and (number == round(number) or abs(number) >= 1000):
         return f"{number:.0f}"
-    return f"{number:.{digits}f}"
+    text = f"{number:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text
 
 
 def _value(value: Any, metric: str) -> str:

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.linalg
-from probe_files import Arrays, as_bf16, config, gqa, joint, latent, wan, write
+from probe_files import Arrays, as_bf16, config, gqa, latent, wan, write
 
 from mla_study.checkpoints.opening import open_checkpoint
 from mla_study.checkpoints.operators.find import find_operators
 from mla_study.errors import UserError
-from mla_study.probes.activations import save_covariance
 from mla_study.probes.nulls import gaussian_null, gaussian_product_null
 from mla_study.probes.rank_probe import Options, Probed, inspect, probe_sources
 from mla_study.probes.spectrum import METRICS, effective_rank
@@ -213,12 +212,10 @@ def test_inputs_tell_values_apart_and_names_do_not(tmp_path: Path, seed: int) ->
     a = probed(tmp_path, write(tmp_path / "x/w.safetensors", arrays))
     b = probed(tmp_path, write(tmp_path / "y/w.safetensors", arrays))
     assert a.inputs == b.inputs
-    arrays["blocks.1.self_attn.v.weight"][0, 0] += 1
-    assert probed(tmp_path, write(tmp_path / "z/w.safetensors", arrays)).inputs != a.inputs
-    # what is not read does not count
-    arrays["blocks.1.self_attn.v.weight"][0, 0] -= 1
-    arrays["blocks.1.self_attn.q.weight"][0, 0] += 1
-    assert probed(tmp_path, write(tmp_path / "u/w.safetensors", arrays)).inputs == a.inputs
+    for role, counts in (("v", True), ("k", True), ("q", False)):  # what is not read does not
+        name = f"blocks.1.self_attn.{role}.weight"
+        path = write(tmp_path / role / "w.safetensors", {**arrays, name: arrays[name] + 1})
+        assert (probed(tmp_path, path).inputs != a.inputs) == counts
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -271,63 +268,6 @@ def test_a_source_that_does_not_fit(tmp_path: Path, seed: int) -> None:
     assert set(cut["layer"]) == {0}
 
 
-# Real inputs
-
-
-def test_weighted_gauges_and_functional_errors(tmp_path: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    arrays = wan(rng, layers=2, d=24, cross=True)
-    path = write(tmp_path / "w.safetensors", arrays)
-    inputs = [rng.standard_normal((90, 24)) * np.geomspace(3, 0.1, 24) for _ in range(2)]
-    held = {f"blocks.{n}.self_attn.k": x.T @ x / 90 for n, x in enumerate(inputs)}
-    save_covariance(tmp_path / "c.safetensors", held)
-    found = probed(tmp_path, path, covariance=str(tmp_path / "c.safetensors"), operators="kv,q")
-    w, x = joint(arrays, 1), inputs[1]
-    u, s, _ = np.linalg.svd(w @ scipy.linalg.sqrtm(held["blocks.1.self_attn.k"]).real)
-    sigma = found.spectra.query("layer == 1 and operator == 'kv' and gauge == 'weighted-raw'")
-    np.testing.assert_allclose(sigma["sigma"], s, rtol=1e-8)
-    # the best rank-3 operator on these inputs, applied to them
-    best = u[:, :3] @ u[:, :3].T @ w
-    error = np.linalg.norm(x @ (w - best).T) / np.linalg.norm(x @ w.T)
-    row = one(found, layer=1, operator="kv", gauge="weighted-raw", metric="functional_error_at_n/8")
-    assert row["value"] == pytest.approx(error, rel=1e-7)
-    assert (row["null"], row["provenance"]) == ("gaussian", "measured")
-    assert 0 < row["null_se"] < row["null_value"] < 1
-    gauges = set(found.table.query("attention == 'self' and operator == 'kv'")["gauge"])
-    assert {"weighted-raw", "weighted-balanced", "weighted-folded"} <= gauges
-    assert not found.table.query("attention == 'cross'")["gauge"].str.startswith("weighted").any()
-    assert any("2 of 4 blocks (cross-attention) have no covariance" in n for n in found.notes)
-    # plain spectra are what they were, but for the folded gauge's measured RMS
-    plain = probed(tmp_path, path, operators="kv")
-    for gauge, same in (("raw", True), ("balanced", True), ("folded", False)):
-        key = {"layer": 0, "attention": "self", "operator": "kv", "gauge": gauge}
-        a, b = (one(p, metric="r_0.5_interp", **key)["value"] for p in (found, plain))
-        assert (a == b) == same
-
-
-def test_a_random_operator_on_real_inputs_looks_like_its_null(tmp_path: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    path = write(tmp_path / "w.safetensors", wan(rng, layers=1, d=80))
-    inputs = rng.standard_normal((400, 80)) * np.geomspace(3, 0.1, 80)
-    save_covariance(tmp_path / "c.safetensors", {"0": inputs.T @ inputs / 400})
-    found = probed(tmp_path, path, covariance=str(tmp_path / "c.safetensors"), operators="k")
-    for metric in ("entropy_rank", "energy_at_64", "functional_error_at_n/8", "stable_rank"):
-        assert abs(z(one(found, gauge="weighted-raw", metric=metric))) < 7, metric
-
-
-def test_composed_operators_on_real_inputs_have_a_products_null(tmp_path: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    path = write(tmp_path / "w.safetensors", latent(rng, layers=1, gain=False))
-    inputs = rng.standard_normal((90, 24)) * np.geomspace(3, 0.1, 24)
-    save_covariance(tmp_path / "c.safetensors", {"layers.0": inputs.T @ inputs / 90})
-    found = probed(tmp_path, path, covariance=str(tmp_path / "c.safetensors"))
-    weighted = found.table[found.table["gauge"] == "weighted-raw"]
-    assert set(weighted["null"]) == {"gaussian", "gaussian_product"}
-    assert (
-        abs(z(one(found, gauge="weighted-raw", metric="entropy_rank", null="gaussian_product"))) < 7
-    )
-
-
 # Options and notes
 
 
@@ -362,7 +302,7 @@ def test_a_missing_block_makes_a_result_partial(tmp_path: Path, seed: int) -> No
     assert sorted(set(found.table["layer"])) == [0, 2, 3]
     alone = write(tmp_path / "one.safetensors", wan(np.random.default_rng(seed), layers=1))
     assert probed(tmp_path, alone, layers=1).notes == [
-        "one.safetensors: 1 self-attention block found, 1 layers expected."
+        "one.safetensors: 1 self-attention block found, 1 layer expected."
     ]
 
 

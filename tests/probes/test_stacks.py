@@ -133,6 +133,11 @@ def test_the_tail_comes_from_svdvals_where_it_is_long_or_asked_for(
     assert found["kv", "raw"].method == "gram"
     assert found["k", "raw"].method == "svdvals"
     assert agrees(found["k", "raw"].sigma, steep)
+    arrays["blocks.0.self_attn.v.weight"] = steep @ steep  # now no gauge of the stack is flat
+    steeper = write(tmp_path / "s.safetensors", arrays)
+    found = spectra(steeper, ["kv", "v"])
+    assert {s.method for s in found.values()} == {"svdvals"}
+    assert agrees(found["kv", "folded"].sigma, scaled(arrays, 0, "kv", "folded"))
     exact = spectra(path, ["kv", "k", "v"], exact_tail=True)
     assert {s.method for s in exact.values()} == {"svdvals"}
     wide = gqa(rng, layers=1)

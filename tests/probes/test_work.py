@@ -122,6 +122,8 @@ def test_a_key_tells_apart_all_that_a_result_depends_on(
     # the seed and the number of the layer change nothing that is measured
     assert item.key("") == replace(item, seed=9).key("")
     assert item.key("") == replace(item, attention=replace(item.attention, layer=7)).key("")
+    addresses = [OpenSpec(f"https://h/m.safetensors{query}") for query in ("", "?sig=1", "?sig=2")]
+    assert len({replace(item, spec=spec).key("") for spec in addresses}) == 1
     time.sleep(0.01)
     save_covariance(covariance[0], {"a": 2 * np.eye(19)})
     assert weighted.key("") not in keys
