@@ -18,7 +18,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Float64
 
-from mla_study.checkpoints.safetensors_file import SafetensorsFile
+from mla_study.checkpoints.formats.safetensors_file import SafetensorsFile
 from mla_study.errors import UserError
 from mla_study.probes.spectrum import Method, singular_values
 
