@@ -75,6 +75,7 @@ def test_flex_sees_the_same(
     assert (mask.mask_mod(zero, zero, q, k).numpy() == rule.tokens(tokens)).all()
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_is_dense_attention() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
