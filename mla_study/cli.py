@@ -17,6 +17,7 @@ import tyro
 from mla_study.commands.cache_error import CacheError
 from mla_study.commands.checkpoint import Checkpoint
 from mla_study.commands.generate import Generate
+from mla_study.commands.latentize import Latentize
 from mla_study.commands.latents import Latents
 from mla_study.commands.mask import Mask
 from mla_study.commands.text import Text
@@ -247,6 +248,7 @@ class BenchProbe:
 Command = (
     Annotated[RankProbe, tyro.conf.subcommand("rank-probe")]
     | Annotated[Checkpoint, tyro.conf.subcommand("checkpoint")]
+    | Annotated[Latentize, tyro.conf.subcommand("latentize")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Latents, tyro.conf.subcommand("latents")]
     | Annotated[Text, tyro.conf.subcommand("text")]

@@ -63,7 +63,7 @@ class Latentize:
             raise UserError("this command needs the package torch: pip install 'mla-study[torch]'")
         from tqdm import tqdm
 
-        from mla_study.checkpoints.wan import WanSource
+        from mla_study.checkpoints.wan.load import WanSource
         from mla_study.model.conversion_tables import conversion_text, plot_sweep, sweep_text
         from mla_study.model.latentize import Options, latentize
 

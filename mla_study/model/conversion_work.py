@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mla_study.checkpoints.native import NAMES, as_bytes
-from mla_study.checkpoints.writer import Item
+from mla_study.checkpoints.wan.native import NAMES, as_bytes
+from mla_study.checkpoints.wan.writer import Item
 from mla_study.study.runs import atomic_write
 
 WORK = ".latentize"

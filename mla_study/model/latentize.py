@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_study.checkpoints.convert import source_item, weights_sha256
-from mla_study.checkpoints.native import DTYPES, as_bytes, filled, require_finite
-from mla_study.checkpoints.save import write_layout
-from mla_study.checkpoints.stage import occupied
-from mla_study.checkpoints.wan import WanSource, expected_shapes
-from mla_study.checkpoints.writer import Item
+from mla_study.checkpoints.wan.convert import source_item, weights_sha256
+from mla_study.checkpoints.wan.load import WanSource, expected_shapes
+from mla_study.checkpoints.wan.native import DTYPES, as_bytes, filled, require_finite
+from mla_study.checkpoints.wan.save import write_layout
+from mla_study.checkpoints.wan.stage import occupied
+from mla_study.checkpoints.wan.writer import Item
 from mla_study.config import LatentConfig, ModelConfig, to_dict
 from mla_study.errors import UserError
 from mla_study.model.conversion_inputs import HELD_OUT, Inputs, file_inputs, noise_inputs

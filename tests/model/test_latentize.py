@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_study.checkpoints.save import save_model
-from mla_study.checkpoints.wan import load_model
+from mla_study.checkpoints.wan.load import load_model
+from mla_study.checkpoints.wan.save import save_model
 from mla_study.commands.latentize import Latentize, latent_config, parse_sweep
 from mla_study.config import LatentConfig, ModelConfig
 from mla_study.errors import UserError
