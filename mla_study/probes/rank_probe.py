@@ -90,8 +90,18 @@ class Probed:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the summary, each once."""
-        lines = [line for r in self.reports for line in (*r.notes, *depth_note(r))]
+        """Sentences for the summary, each once; what many checkpoints share is said once too."""
+        told: dict[str, list[str]] = {}  # what is said -> of which checkpoints
+        for report in self.reports:
+            label = report.source.label
+            for line in (*report.notes, *depth_note(report)):
+                known = line.startswith(f"{label}: ")
+                told.setdefault(line.removeprefix(f"{label}: "), []).append(label if known else "")
+        lines: list[str] = []
+        for line, labels in told.items():
+            few = [f"{label}: {line}" if label else line for label in dict.fromkeys(labels)]
+            many = f"{labels[0]} and {len(labels) - 1} more: {line}"
+            lines += few if len(few) < 3 else [many]
         return [redact(line) for line in dict.fromkeys(lines + self.extra_notes)]
 
 

@@ -132,6 +132,8 @@ def test_two_runs_in_one_table_with_their_overlaps(runs: Path, tmp_path: Path) -
     found = both(runs, tmp_path / "store")
     table = found.table
     assert tuple(table.columns) == COLUMNS and str(table["step"].dtype) == "Int64"
+    [note] = found.notes
+    assert note.startswith(f"{runs}/svd/step_000000.safetensors and 19 more: 2 self-attention")
     assert list(dict.fromkeys(table["series"])) == ["svd", "random"]
     assert sorted(set(table["step"])) == [100 * n for n in range(10)]
     ranks = table[(table["metric"] == "r_0.99") & (table["null"] == "gaussian_product")]
