@@ -172,7 +172,7 @@ def draw(out_dir: str, checkpoint: str = "", covariance: str = "", gauge: str = 
         for number, label in enumerate(dict.fromkeys(rows["checkpoint"])):
             color = f"C{number}"
             mine = curves[curves["checkpoint"] == label]
-            _spectra_panel(axes[0, 0], mine, color, NAMES.get(str(label), str(label)))
+            _spectra_panel(axes[0, 0], mine, color, _short(str(label)))
             _energy_panel(axes[0, 1], mine, color)
             _rank_panel(axes[1, 0], rows[rows["checkpoint"] == label], color)
         _null_curves(axes[0, 0], axes[0, 1])
@@ -182,6 +182,12 @@ def draw(out_dir: str, checkpoint: str = "", covariance: str = "", gauge: str = 
         stamp(figure, PROVENANCE, run["validity"], run["run_hash"])
         save_figure(figure, Path(out_dir) / ID)
     return figure
+
+
+def _short(label: str, limit: int = 16) -> str:
+    """A name that fits the legend of a narrow panel."""
+    name = NAMES.get(label, label)
+    return name if len(name) <= limit else name[: limit - 3] + "..."
 
 
 def _by_layer(curves: pd.DataFrame) -> np.ndarray:
@@ -293,6 +299,8 @@ def _finish(axes: Any, gauge: str) -> None:
     axes[1, 1].legend(
         loc="lower right", handlelength=1.4, borderaxespad=0.0, fontsize=5, handletextpad=0.4
     )
+    for axis in (axes[0, 0], axes[1, 1]):
+        axis.get_legend().set_in_layout(False)
     titles = (
         (f"(a) [K; V], {gauge} gauge", "(b) dots: E(n/8); x: Wan, quoted"),
         ("(c) bands: Gaussian; hatch: Wan, quoted", "(d) with real inputs"),
