@@ -200,7 +200,7 @@ def progress_bar() -> Generator[Progress]:
     """A bar on stderr that vanishes at the end, and is absent where stderr is no terminal."""
     from tqdm import tqdm
 
-    with tqdm(unit="block", leave=False, disable=None, file=sys.stderr) as bar:
+    with tqdm(unit="block", leave=False, disable=None, file=sys.stderr, mininterval=0) as bar:
 
         def show(finished: int, total: int, read: int) -> None:
             bar.total = total
