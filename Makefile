@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything runs in .venv, which the first call builds.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup figures data test lint lab bench-probe clean
+.PHONY: help setup figures data test lint lab bench-probe bench-model clean
 BIN := .venv/bin
 
 # One BLAS thread a process: several processes share the cores, threads on top only wait.
@@ -39,6 +39,9 @@ lab: setup ## open JupyterLab on the kernel that the figures use
 
 bench-probe: setup ## compare rank-probe's speed with its floor and with WeightWatcher
 	@$(BIN)/mla-study bench-probe $(ARGS)
+
+bench-model: setup ## measure the model against diffusers and dense masks, its memory and long rollouts
+	@$(BIN)/mla-study bench-model $(ARGS)
 
 clean: ## remove .venv, drawn figures and caches; committed results stay
 	@rm -rf .venv results/figures .pytest_cache .ruff_cache .hypothesis build dist

@@ -245,6 +245,25 @@ class BenchProbe:
         return bench_probe(self.layers, self.repeats, self.write)
 
 
+@dataclass(frozen=True)
+class BenchModel:
+    """Measure the model: against diffusers and dense masks, memory, long rollouts, loading.
+
+    Example: mla-study bench-model --quick
+    """
+
+    quick: bool = False
+    """Small shapes and few repeats, to try it; nothing is written."""
+    write: bool = True
+    """Write results/data/bench_model."""
+
+    def run(self) -> int:
+        """Run the benchmark."""
+        from mla_study.evaluation.bench_model import bench_model
+
+        return bench_model(self.quick, self.write)
+
+
 Command = (
     Annotated[RankProbe, tyro.conf.subcommand("rank-probe")]
     | Annotated[Checkpoint, tyro.conf.subcommand("checkpoint")]
@@ -259,6 +278,7 @@ Command = (
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Config, tyro.conf.subcommand("config")]
     | Annotated[BenchProbe, tyro.conf.subcommand("bench-probe")]
+    | Annotated[BenchModel, tyro.conf.subcommand("bench-model")]
 )
 
 

@@ -20,10 +20,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.linalg
 from scipy.linalg.blas import dsyrk  # pyright: ignore[reportAttributeAccessIssue,reportUnknownVariableType]
 
 from mla_study.errors import UserError
+from mla_study.evaluation.goals import Goal, Row, say, show, write_rows
 from mla_study.probes.eigenvalues import symmetric_eigenvalues, two_stage_solver
 from mla_study.probes.rank_probe import Options, inspect, probe_sources
 from mla_study.probes.table import Source
@@ -35,17 +37,18 @@ APART = Options(operators=("k", "v"), gauges=("raw",))
 # (Grams, eigenvalue problems) a layer that nothing can save: K, V; and K folded, five more spectra
 WORK = {"joint": (2, 1), "default": (3, 6)}
 GOALS = {
-    "joint_cpu_s": ("<=", 16.0),
-    "default_cpu_s": ("<=", 60.0),
-    "joint_over_floor": ("<=", 2.0),
-    "default_over_floor": ("<=", 2.0),
-    "weightwatcher_over_apart": (">=", 3.0),
-    "weightwatcher_over_joint": (">=", 4.0),
-    "worker_peak_1_3b_mb": ("<=", 400.0),
-    "worker_peak_14b_mb": ("<=", 900.0),
-    "bytes_over_kv_bytes": ("<=", 1.05),
-    "speedup_2_workers": (">=", 1.7),
+    "joint_cpu_s": Goal("<=", 16.0),
+    "default_cpu_s": Goal("<=", 60.0),
+    "joint_over_floor": Goal("<=", 2.0),
+    "default_over_floor": Goal("<=", 2.0),
+    "weightwatcher_over_apart": Goal(">=", 3.0),
+    "weightwatcher_over_joint": Goal(">=", 4.0),
+    "worker_peak_1_3b_mb": Goal("<=", 400.0),
+    "worker_peak_14b_mb": Goal("<=", 900.0),
+    "bytes_over_kv_bytes": Goal("<=", 1.05),
+    "speedup_2_workers": Goal(">=", 1.7),
 }
+UNITS = {"_cpu_s": "CPU seconds", "_workers_s": "s", "_mb": "MB", "_gflops": "GF/s"}
 
 
 def write_synthetic(path: Path, layers: int, width: int, seed: int = 0) -> None:
@@ -244,9 +247,19 @@ def bench_probe(layers: int = 30, repeats: int = 3, write: bool = True) -> int:
         values["worker_peak_14b_mb"] = _peak_mb(wide)
         for width in (1536, 3072):
             values |= _nearer_ways(width)
-    _print(values, layers)
+    rows = _rows(values, layers)
+    show(rows)
     if write:
-        _write(values, layers, repeats, runs)
+        spread = [
+            (name, turn, seconds) for name, ts in runs.items() for turn, seconds in enumerate(ts)
+        ]
+        write_rows(
+            "bench_probe",
+            rows,
+            config={"layers": layers, "repeats": repeats, "width": 1536, "dtype": "bf16"},
+            modules=("mla_study.evaluation.bench_probe",),
+            more={"repeats": pd.DataFrame(spread, columns=["variant", "repeat", "cpu_s"])},
+        )
     return 0
 
 
@@ -258,51 +271,18 @@ def _gflops() -> float:
 
 
 def _say(line: str) -> None:
-    print(f"bench-probe: {line}", file=sys.stderr, flush=True)
+    say("bench-probe", line)
 
 
-def _met(name: str, value: float) -> bool | None:
-    if name not in GOALS:
-        return None
-    sign, goal = GOALS[name]
-    return value <= goal if sign == "<=" else value >= goal
-
-
-def _print(values: dict[str, float], layers: int) -> None:
-    if layers != 30:
-        print(f"seconds are scaled from {layers} blocks to 30")
-    for name, value in values.items():
-        sign, goal = GOALS.get(name, ("", float("nan")))
-        met = _met(name, value)
-        mark = "" if met is None else f"goal {sign} {goal:g}: {'met' if met else 'MISSED'}"
-        print(f"{name:<32}{value:>10.3f}  {mark}")
-
-
-def _write(
-    values: dict[str, float], layers: int, repeats: int, runs: dict[str, list[float]]
-) -> None:
-    import pandas as pd
-
-    from mla_study.study.notebooks import Project
-    from mla_study.study.runs import write_result
-
-    rows = [
-        (name, value, *GOALS.get(name, ("", float("nan"))), _met(name, value), "measured")
+def _rows(values: dict[str, float], layers: int) -> list[Row]:
+    setting = "" if layers == 30 else f"seconds scaled from {layers} blocks to 30"
+    return [
+        Row(
+            name,
+            value,
+            next((unit for end, unit in UNITS.items() if name.endswith(end)), "ratio"),
+            setting,
+            GOALS.get(name),
+        )
         for name, value in values.items()
     ]
-    table = pd.DataFrame(rows, columns=["quantity", "value", "sign", "goal", "met", "provenance"])
-    table["met"] = table["met"].astype("boolean")
-    spread = [
-        (name, turn, seconds) for name, times in runs.items() for turn, seconds in enumerate(times)
-    ]
-    write_result(
-        Project.find().data / "bench_probe",
-        {"table": table, "repeats": pd.DataFrame(spread, columns=["variant", "repeat", "cpu_s"])},
-        config={"layers": layers, "repeats": repeats, "width": 1536, "dtype": "bf16"},
-        inputs={},
-        seed=0,
-        modules=("mla_study.evaluation.bench_probe",),
-        provenance="measured",
-        validity="full",
-        units={"*_cpu_s": "CPU seconds", "*_mb": "MB", "*_over_*": "ratio"},
-    )

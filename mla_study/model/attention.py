@@ -19,26 +19,11 @@ from torch import Tensor, nn
 
 from mla_study.config import LatentConfig, ModelConfig
 from mla_study.kernels.latent_attention import FORMS, attend_expanded, expanded
+from mla_study.model.layers import RMSNorm
 from mla_study.model.rope import Rotation
 
 Entry = tuple[Tensor, Tensor]
 Query = tuple[Tensor, ...]
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, statistics in float32 at least."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Float[Tensor, "*B c"]) -> Float[Tensor, "*B c"]:
-        """x / rms(x) * weight."""
-        size = self.weight.shape
-        if x.dtype in (torch.float32, torch.float64) and self.weight.dtype == x.dtype:
-            return F.rms_norm(x, size, self.weight, self.eps)
-        return F.rms_norm(x.float(), size, None, self.eps).type_as(x) * self.weight
 
 
 @dataclass(frozen=True)

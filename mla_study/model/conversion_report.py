@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mla_study.config import LatentConfig, ModelConfig
-from mla_study.model.attention import LatentSelfAttention, RMSNorm
+from mla_study.model.attention import LatentSelfAttention
 from mla_study.model.dense_layer import DenseAttention, Projection
 from mla_study.model.latent_init import (
     LayerConversion,
@@ -26,6 +26,7 @@ from mla_study.model.latent_init import (
     content_channels,
     rotary_channels,
 )
+from mla_study.model.layers import RMSNorm
 from mla_study.model.rope import RotaryEmbedding, Rotation
 from mla_study.probes.spectrum import (
     effective_rank,

@@ -30,39 +30,8 @@ from mla_study.model.attention import (
     LayerStep,
     Piece,
 )
+from mla_study.model.layers import FreshGELU, LayerNorm, gated, modulate, timestep_embedding
 from mla_study.model.rope import RotaryEmbedding, Rotation
-
-
-def timestep_embedding(t: Float[Tensor, "*B"], size: int) -> Float[Tensor, "*B size"]:
-    """[cos | sin] of t against 10000^(-i / half), float64: Wan's sinusoidal embedding."""
-    half = size // 2
-    exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
-    angles = t.double()[..., None] * torch.pow(torch.tensor(10000.0).double(), -exponent)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift for tokens [B, F T, d] and frames [B, F, 1, d]."""
-    framed = x.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift, framed, 1 + scale).flatten(1, 2)
-
-
-def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate y, as above."""
-    frames = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, frames), y.unflatten(1, frames), gate).flatten(1, 2)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm with statistics in float32 at least."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise; the result has the input's dtype."""
-        work = input if input.dtype == torch.float64 else input.float()
-        weight = None if self.weight is None else self.weight.to(work.dtype)
-        bias = None if self.bias is None else self.bias.to(work.dtype)
-        out = F.layer_norm(work, self.normalized_shape, weight, bias, self.eps)
-        return out.type_as(input)
 
 
 class Block(nn.Module):
@@ -81,7 +50,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(config)
         self.norm2 = LayerNorm(d, eps=config.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
-            nn.Linear(d, config.ffn_width), nn.GELU("tanh"), nn.Linear(config.ffn_width, d)
+            nn.Linear(d, config.ffn_width), FreshGELU(), nn.Linear(config.ffn_width, d)
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, d) / d**0.5)
 
@@ -96,10 +65,10 @@ class Block(nn.Module):
         """One block; ``time`` is the projected timestep embedding of each frame."""
         e = (self.modulation[:, None].to(time.dtype) + time).to(x.dtype).unbind(2)
         e = [part[:, :, None] for part in e]
-        y = self.self_attn(_modulate(self.norm1(x), e[0], e[1]), pieces, memory)
-        x = _gated(x, y, e[2])
+        y = self.self_attn(modulate(self.norm1(x), e[0], e[1]), pieces, memory)
+        x = gated(x, y, e[2])
         x = x + self.cross_attn(self.norm3(x), cross)
-        return _gated(x, self.ffn(_modulate(self.norm2(x), e[3], e[4])), e[5])
+        return gated(x, self.ffn(modulate(self.norm2(x), e[3], e[4])), e[5])
 
 
 class Head(nn.Module):
@@ -117,7 +86,7 @@ class Head(nn.Module):
     ) -> Float[Tensor, "B L p"]:
         """Tokens to flattened patches."""
         both = (self.modulation[:, None].to(e.dtype) + e[:, :, None]).to(x.dtype)
-        return self.head(_modulate(self.norm(x), both[:, :, :1], both[:, :, 1:]))
+        return self.head(modulate(self.norm(x), both[:, :, :1], both[:, :, 1:]))
 
 
 class ImageProjection(nn.Module):
@@ -320,7 +289,8 @@ class WanTransformer(nn.Module):
         if config.learned_positions:
             times = rule.frame_times if memory is None else memory[0].frames
             tokens = self.position_embedding(tokens, times)
-        tokens = tokens.flatten(2).transpose(1, 2)
+        # every layer norm would copy a strided stream
+        tokens = tokens.flatten(2).transpose(1, 2).contiguous()
         if pieces is None:
             if memory is not None or rule.frames != frames:
                 raise ValueError("a cache needs the pieces of its step, and a rule all its frames")

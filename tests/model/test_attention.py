@@ -14,8 +14,9 @@ from model.tiny import BOTH, CPU, LATENT, error, make, rolled
 from mla_study.config import LatentConfig, ModelConfig, WindowConfig, wan_1_3b
 from mla_study.kernels.latent_attention import FORMS
 from mla_study.kernels.masks import Positions, bidirectional, chunk_causal, teacher_forcing
-from mla_study.model.attention import LatentSelfAttention, RMSNorm
+from mla_study.model.attention import LatentSelfAttention
 from mla_study.model.cache import RollingCache
+from mla_study.model.layers import RMSNorm
 from mla_study.model.transformer import Block, Conditioning, WanTransformer, meta_model
 
 

@@ -17,7 +17,8 @@ from mla_study.config import ModelConfig, WindowConfig, mini, wan_14b
 from mla_study.errors import UserError
 from mla_study.kernels.masks import chunk_causal, teacher_forcing
 from mla_study.model.cache import RollingCache
-from mla_study.model.transformer import WanTransformer, dense_twin, meta_model, timestep_embedding
+from mla_study.model.layers import timestep_embedding
+from mla_study.model.transformer import WanTransformer, dense_twin, meta_model
 
 IMAGE_NAMES = {
     "img_emb.proj.0": "condition_embedder.image_embedder.norm1",

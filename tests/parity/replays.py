@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mla_study.config import WindowConfig
 from mla_study.kernels.masks import Visibility, bidirectional, chunk_causal, teacher_forcing
+from mla_study.model.layers import timestep_embedding
 from mla_study.model.rope import RotaryEmbedding, axis_pairs, inverse_frequencies
-from mla_study.model.transformer import timestep_embedding
 
 
 def wan_rope(rec: Recording) -> None:
