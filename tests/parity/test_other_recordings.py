@@ -68,6 +68,7 @@ def replay(rec: Recording) -> None:
     [
         ("sf_rollout_evict_l5_s1_b2", 2, 2, 5, 1, 5, 5.0),
         ("sf_rollout_evict_l3_s2_b1", 1, 1, 3, 2, 6, 8.0),
+        ("sf_rollout_evict_no_room_for_the_sink", 1, 3, 4, 2, 4, 5.0),
         ("sf_rollout_full_long", 1, 4, -1, 0, 3, 3.0),
         ("longlive_relative_rope_l6_s2_b2", 3, 2, 6, 2, 5, 5.0),
         ("longlive_relative_rope_l4_s0_b3", 1, 3, 4, 0, 4, 5.0),
@@ -78,7 +79,8 @@ def test_rollouts(
     blocks: int, shift: float,
 ) -> None:  # fmt: skip
     frames, positions = chunk * blocks, "relative" if "relative" in name else "absolute"
-    window = None if local < 0 else WindowConfig.from_local_attn_size(local, sink, chunk)
+    kept = min(sink, local - chunk)
+    window = None if local < 0 else WindowConfig.from_local_attn_size(local, kept, chunk)
     steps = warped_steps((1000, 600, 200), shift)
     noise = torch.randn(batch, 3, frames, 6, 10)
     eps = torch.randn(blocks, len(steps) - 1, batch, chunk, 3, 6, 10)
