@@ -73,7 +73,8 @@ def sf_block_causal(rec: Recording) -> None:
         usual = rec.tensors["x"].shape[2]
         frames = rec.tensors[f"framemask_{key}"].shape[0] if f"framemask_{key}" in rec else usual
         own = f"x{frames}" if kind["first"] or usual != frames else "x"
-        x = rec[own if own in rec else "x"]
+        own = own if own in rec else "x"
+        x = rec[own]
         chunk = int(kind["chunk"] or kind["then"] or frames)
         if kind["full"]:
             rule, t = bidirectional(frames), rec["t_scalar"]
@@ -81,7 +82,8 @@ def sf_block_causal(rec: Recording) -> None:
             window = WindowConfig(0, int(kind["local"]) - chunk, chunk) if kind["local"] else None
             first = int(kind["first"]) if kind["first"] else None
             rule = chunk_causal(frames, chunk, window, first=first)
-            t = _timesteps(rec, frames, f"t_per_block{chunk}" if kind["tblock"] else "t_per_frame")
+            wanted = f"t{own[1:]}" if own != "x" else "t_per_frame"
+            t = _timesteps(rec, frames, f"t_per_block{chunk}" if kind["tblock"] else wanted)
         _mask(rec, f"framemask_{key}", rule)
         assert x.shape[1] == config.in_channels
         rec.same(name, model(x, t, conditioning, rule))

@@ -27,6 +27,21 @@ class Call:
     frames: tuple[int, ...]
 
 
+def _shift_of(steps: Tensor) -> float:
+    """The shift whose table holds all the steps; the usual one where none does.
+
+    Whole numbers may be steps that were never shifted, and tell nothing.
+    """
+    t, usual = steps.double(), FlowConfig().shift
+    if torch.equal(t, t.round()):
+        return usual
+    for shift in (usual, *(float(n) for n in range(2, 17))):
+        index = 1000 * t / (1000 * shift - (shift - 1) * t)
+        if (index - index.round()).abs().max() < 0.01:
+            return shift
+    return usual
+
+
 class Rollout:
     """The loop of the recording: a few noisy passes a block, then a clean one."""
 
@@ -39,16 +54,16 @@ class Rollout:
         self.height, self.width = rec.grid(self.noise)
         self.tokens = self.height * self.width
         self.relative = rec.name.startswith("longlive_relative_rope")
-        # steps of the table keep their sigma under any shift; only the clean pass at t = 0 asks
-        self.shift = float(told.get("timestep_shift", FlowConfig().shift))
+        self.steps = rec["denoising_steps"]
+        self.shift = float(told.get("timestep_shift", _shift_of(self.steps)))
         self.context_noise = float(told.get("context_noise", 0))
-        if told["local_attn_size"] < 0:
+        local = told["local_attn_size"]
+        if local < 0:
             window = WindowConfig(0, max(self.frames - self.chunk, 0), self.chunk)
         else:
-            window = WindowConfig.from_local_attn_size(
-                told["local_attn_size"], told["sink_size"], self.chunk
-            )
-        self.steps = rec["denoising_steps"]
+            # upstream lets a chunk overwrite the end of a sink that leaves it no room
+            sink = min(told["sink_size"], local - self.chunk)
+            window = WindowConfig.from_local_attn_size(local, sink, self.chunk)
         self.conditioning = rec.model.condition(rec["context"])
         self.cache = RollingCache(rec.config, window, self.batch, self.tokens)
         assert self.frames == self.noise.shape[2] and self.frames % self.chunk == 0

@@ -49,9 +49,20 @@ def _tables(rec: Recording, name: str) -> bool:
     return False
 
 
+def _own_shift(rec: Recording) -> float:
+    """The shift of what names no table: told by a meaning, or by the tensors made beside it."""
+    told = [
+        (rec.meaning("add_noise"), r"shift[- ]([\d.]+)"),
+        (rec.meaning("dmd_shifted_clamped_t"), r"([\d.]+)u/"),
+        *((name, r"flow_from_x0_table([\d.]+)$") for name in sorted(rec.tensors)),
+    ]
+    found = (re.search(pattern, text) for text, pattern in told)
+    return next((float(match[1]) for match in found if match), FlowConfig().shift)
+
+
 def flow_scheduler(rec: Recording) -> None:
     """Tables, and conversions between flow, x0 and noise by the nearest entry of a table."""
-    shift = _number(rec.meaning("add_noise"), r"shift[- ]([\d.]+)", FlowConfig().shift)
+    shift = _own_shift(rec)
     for name in rec.tensors:
         late = rec["t"] >= _number(rec.meaning(name), r"t ?>= ?([\d.]+)", 0.0)
         x_t, t, flow = rec["add_noise"], rec["t"], rec["flow"]

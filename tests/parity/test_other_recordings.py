@@ -16,7 +16,13 @@ from torch import Tensor
 from mla_study.config import ModelConfig, WindowConfig
 from mla_study.kernels.masks import Visibility, chunk_causal, teacher_forcing
 from mla_study.model.transformer import WanTransformer
-from mla_study.rollout.sampler import add_noise, warped_steps, x0_from_flow
+from mla_study.rollout.sampler import (
+    add_noise,
+    bell_weight_at,
+    flow_from_x0,
+    warped_steps,
+    x0_from_flow,
+)
 
 Save = Callable[[str, dict[str, Tensor], dict[str, object]], Recording]
 CONFIG = {
@@ -58,22 +64,24 @@ def replay(rec: Recording) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "chunk", "local", "sink", "blocks"),
+    ("name", "batch", "chunk", "local", "sink", "blocks", "shift"),
     [
-        ("sf_rollout_evict_l5_s1_b2", 2, 2, 5, 1, 5),
-        ("sf_rollout_evict_l3_s2_b1", 1, 1, 3, 2, 6),
-        ("sf_rollout_full_long", 1, 4, -1, 0, 3),
-        ("longlive_relative_rope_l6_s2_b2", 3, 2, 6, 2, 5),
-        ("longlive_relative_rope_l4_s0_b3", 1, 3, 4, 0, 4),
+        ("sf_rollout_evict_l5_s1_b2", 2, 2, 5, 1, 5, 5.0),
+        ("sf_rollout_evict_l3_s2_b1", 1, 1, 3, 2, 6, 8.0),
+        ("sf_rollout_evict_no_room_for_the_sink", 1, 3, 4, 2, 4, 5.0),
+        ("sf_rollout_full_long", 1, 4, -1, 0, 3, 3.0),
+        ("longlive_relative_rope_l6_s2_b2", 3, 2, 6, 2, 5, 5.0),
+        ("longlive_relative_rope_l4_s0_b3", 1, 3, 4, 0, 4, 5.0),
     ],
 )
 def test_rollouts(
     model: WanTransformer, save: Save, name: str, batch: int, chunk: int, local: int, sink: int,
-    blocks: int,
+    blocks: int, shift: float,
 ) -> None:  # fmt: skip
     frames, positions = chunk * blocks, "relative" if "relative" in name else "absolute"
-    window = None if local < 0 else WindowConfig.from_local_attn_size(local, sink, chunk)
-    steps = warped_steps((1000, 600, 200), 5.0)
+    kept = min(sink, local - chunk)
+    window = None if local < 0 else WindowConfig.from_local_attn_size(local, kept, chunk)
+    steps = warped_steps((1000, 600, 200), shift)
     noise = torch.randn(batch, 3, frames, 6, 10)
     eps = torch.randn(blocks, len(steps) - 1, batch, chunk, 3, 6, 10)
     context = torch.randn(batch, 4, 7)
@@ -143,6 +151,43 @@ def test_masked_passes(model: WanTransformer, save: Save) -> None:
     rec = save("sf_block_causal_other", tensors, {"tokens_per_frame": 2})
     replay(rec)
     assert not rec.failures and not rec.unread()
+
+
+def test_a_first_frame_pass_of_the_usual_length_has_its_own_timesteps(
+    model: WanTransformer, save: Save
+) -> None:
+    x, own, context = torch.randn(1, 3, 5, 2, 2), torch.randn(1, 3, 5, 2, 2), torch.randn(1, 5, 7)
+    t, own_t = torch.rand(1, 5) * 999, torch.rand(1, 5) * 999
+    with torch.no_grad():
+        conditioning = model.condition(context)
+        out = model(x, t, conditioning, chunk_causal(5, 5))
+        first = model(own, own_t, conditioning, chunk_causal(5, 2, first=1))
+    rec = save(
+        "sf_block_causal_same_length",
+        {"x": x, "x5": own, "context": context, "t_per_frame": t, "t5": own_t, "out_nfpb5": out,
+         "out_first1_then2": first},
+        {},
+    )  # fmt: skip
+    replay(rec)
+    assert not rec.failures and not rec.unread()
+
+
+@pytest.mark.parametrize("shift", [3.0, 8.0])
+def test_the_shift_of_a_scheduler_is_read_from_its_tensors(save: Save, shift: float) -> None:
+    x0, noise, flow = torch.randn(3, 4, 2, 3, 3).unbind()
+    t = torch.tensor([0.0, 20.0, 411.3, 1000.0])
+    x_t = add_noise(x0, noise, t, shift, "table")
+    rec = save(
+        "flow_scheduler_other",
+        {
+            "x0": x0, "noise": noise, "flow": flow, "t": t, "add_noise": x_t,
+            "train_weight_at_t": bell_weight_at(t, shift),
+            f"flow_from_x0_table{shift:g}": flow_from_x0(x_t, x0, t, shift, "table"),
+        },
+        {},
+    )  # fmt: skip
+    replay(rec)
+    assert not rec.failures and "add_noise" in rec.differences
 
 
 def test_a_wrong_recording_fails(model: WanTransformer, save: Save) -> None:
