@@ -147,8 +147,20 @@ def test_expanding_first_changes_nothing(seed: int) -> None:
     assert error(mine, truth) < 1e-14
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_head_by_head_is_the_same_function(dtype: torch.dtype, seed: int) -> None:
+    given = inputs(2, 7, 33, 3, 24, 8, 40, 48, seed, dtype)
+    graph = reconstruct(*given[:-1], given[-1].clone().requires_grad_())
+    plain = reconstruct(*given)
+    assert graph.requires_grad and not plain.requires_grad
+    assert plain.dtype == dtype
+    assert error(plain, graph.detach()) < 2 * TOLERANCE[dtype]
+    assert error(plain, oracle(*given)) < TOLERANCE[dtype]
+
+
 def test_head_groups_bound_the_transient(seed: int) -> None:
     given = inputs(1, 5, 64, 6, 8, 4, 12, 10, seed)
+    given[2].requires_grad_()  # without gradients the CPU goes head by head anyway
     sizes: list[int] = []
 
     class Largest(torch.overrides.TorchFunctionMode):

@@ -48,7 +48,7 @@ from mla_study.config import ModelConfig
 from mla_study.errors import UserError
 from mla_study.model.transformer import WanTransformer, meta_model
 
-_SHOWN = 6
+_SHOWN = 60  # more than two blocks' tensors
 
 
 @dataclass(frozen=True)

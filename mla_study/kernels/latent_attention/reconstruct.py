@@ -35,9 +35,16 @@ def reconstruct(
 ) -> Float[Tensor, "B M H dv"]:
     """The function of :func:`~mla_study.kernels.latent_attention.reference.reference`.
 
+    Without gradients on the CPU heads are expanded one by one into one buffer, see
+    :func:`_head_by_head`.
+
     Args:
         head_group: heads expanded at a time; bounds the transient [B, K, group, dn + dr + dv].
     """
+    given = (q_nope, q_rope, c, k_rope, k_up, v_up)
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if c.device.type == "cpu" and not graph:
+        return _head_by_head(*given)
     query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
     cached = torch.cat([c, k_rope], dim=-1)
     heads, d_head, d_v = q_nope.shape[2], query.shape[-1], v_up.shape[1]
@@ -52,6 +59,29 @@ def reconstruct(
         value = both[..., n * d_head :].unflatten(-1, (n, d_v)).transpose(1, 2)
         outs.append(F.scaled_dot_product_attention(query[:, start:stop], key, value))
     return torch.cat(outs, dim=1).transpose(1, 2)
+
+
+def _head_by_head(
+    q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, k_up: Tensor, v_up: Tensor
+) -> Tensor:
+    """:func:`reconstruct` with one buffer [K, dr + dn + dv] that every head's GEMM writes into.
+
+    Nothing is copied or joined, and a head's keys and values are still in the processor's cache
+    when attention reads them. The rotary channels come first; a dot product does not mind.
+    """
+    (batch, queries, heads, d_nope), d_rope, d_v = q_nope.shape, k_rope.shape[-1], v_up.shape[1]
+    query = torch.cat([q_rope, q_nope], dim=-1).transpose(1, 2)
+    up = torch.cat([k_up, v_up], dim=1).transpose(1, 2)
+    both = c.new_empty(1, 1, c.shape[1], d_rope + d_nope + d_v)
+    key, value = both.split([d_rope + d_nope, d_v], dim=-1)
+    out = c.new_empty(batch, queries, heads, d_v)
+    for sample in range(batch):
+        both[0, 0, :, :d_rope] = k_rope[sample]
+        for head in range(heads):
+            torch.mm(c[sample], up[head], out=both[0, 0, :, d_rope:])
+            mine = query[sample : sample + 1, head : head + 1]
+            out[sample, :, head] = F.scaled_dot_product_attention(mine, key, value)[0, 0]
+    return out
 
 
 def expanded(

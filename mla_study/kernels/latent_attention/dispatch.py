@@ -1,0 +1,128 @@
+"""Which form of latent attention to run: a pure function of shapes and a device's rates."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mla_study.errors import UserError
+from mla_study.kernels.latent_attention.cost import (
+    DERIVED,
+    Calibration,
+    Form,
+    Shape,
+    costs,
+    crossover,
+)
+
+CPU_FORMS: tuple[Form, ...] = ("reconstruct", "absorbed")
+GPU_FORMS: tuple[Form, ...] = ("reconstruct", "absorbed", "absorbed_triton")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The form chosen, the modelled seconds (or FLOPs, ``derived``) of each, and what is refused.
+
+    Attributes:
+        refused: form -> why it cannot run at this shape.
+    """
+
+    form: Form
+    seconds: Mapping[Form, float]
+    refused: Mapping[Form, str]
+    calibration: Calibration
+    crossover: float
+
+
+def decide(
+    shape: Shape,
+    device: str = "cpu",
+    keep_expanded: bool = False,
+    calibration: Calibration = DERIVED,
+    form: str | None = None,
+) -> Decision:
+    """Choose the form with the least modelled time.
+
+    Args:
+        device: cpu or cuda; the fused kernel runs on cuda only.
+        keep_expanded: hold expanded keys and values over ``shape.passes`` (a dense cache again).
+        calibration: rates of the device.
+        form: take this one, or say why it cannot run.
+
+    Raises:
+        UserError: ``form`` is unknown or cannot run at this shape.
+    """
+    refused: dict[Form, str] = {}
+    for name in GPU_FORMS:
+        reason = _refusal(name, shape, device)
+        if reason is not None:
+            refused[name] = reason
+    if form is not None:
+        if form not in GPU_FORMS:
+            raise UserError(f"there is no form '{form}': give one of {', '.join(GPU_FORMS)}")
+        if form in refused:
+            raise UserError(f"form {form} cannot run here: {refused[form]}")
+    told = costs(shape, keep_expanded, calibration.value_is_key)
+    seconds: dict[Form, float] = {
+        name: calibration.seconds(told[name], name) for name in GPU_FORMS if name not in refused
+    }
+    named = [name for name in GPU_FORMS if name == form]
+    chosen = named[0] if named else min(seconds, key=seconds.__getitem__)
+    limit = crossover(shape.d_c, shape.d_rope, shape.d_head, calibration.value_is_key)
+    return Decision(chosen, seconds, refused, calibration, limit)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    M: int,
+    K: int,
+    B: int = 1,
+    H: int = 12,
+    d_c: int = 192,
+    d_rope: int = 32,
+    device: str = "cpu",
+    dtype: str = "bf16",
+    keep_expanded: bool = False,
+    *,
+    d_head: int = 128,
+    passes: int = 5,
+    calibration: Calibration = DERIVED,
+) -> Form:
+    """The form to run for M queries and K keys, see :func:`decide`; pure."""
+    shape = Shape(M, K, B, H, d_c, d_rope, d_head, dtype, passes)
+    return decide(shape, device, keep_expanded, calibration).form
+
+
+def _refusal(form: Form, shape: Shape, device: str) -> str | None:
+    if form != "absorbed_triton":
+        return None
+    if device.partition(":")[0] != "cuda":
+        return "the fused kernel runs on CUDA devices only"
+    return "the fused kernel is not at hand"
+
+
+def explain(decision: Decision, shape: Shape) -> str:
+    """The decision as text, a line a form."""
+    rates = decision.calibration
+    unit = "FLOP" if rates.device == "derived" else "s"
+    lines = [
+        f"{shape.queries} queries, {shape.keys} keys, batch {shape.batch}, {shape.heads} heads of "
+        f"{shape.d_head}, d_c {shape.d_c}, d_rope {shape.d_rope}, {shape.dtype}",
+        f"rates: {rates.device}"
+        + (
+            " (FLOPs alone: nothing was measured on this device)"
+            if rates.device == "derived"
+            else f", {rates.threads} threads, {rates.points} points, residual {rates.residual:.1%}"
+        ),
+    ]
+    for form in GPU_FORMS:
+        mark = "->" if form == decision.form else "  "
+        if form in decision.refused:
+            lines.append(f"{mark} {form:<16} cannot run: {decision.refused[form]}")
+        else:
+            lines.append(f"{mark} {form:<16} {decision.seconds[form]:.4g} {unit}")
+    limit = decision.crossover
+    told = "at any number of queries" if limit == float("inf") else f"below {limit:.0f} queries"
+    lines.append(f"by FLOPs absorbed is cheaper {told}")
+    return "\n".join(lines)
