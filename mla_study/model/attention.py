@@ -8,7 +8,7 @@ token: unrotated keys and values, or the latent and the shared rotary key) and `
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -173,8 +173,7 @@ class LatentSelfAttention(SelfAttention):
         c = entry[0].to(nope.dtype)
         k_rope = turn_k.apply(entry[1][:, :, None, :])[:, :, 0].to(nope.dtype)
         options = {"head_group": self.head_group} if self.form == "reconstruct" else {}
-        attend: Callable[..., Tensor] = FORMS[self.form]
-        return attend(nope, rope, c, k_rope, *self._ups(), **options).flatten(2)
+        return FORMS[self.form](nope, rope, c, k_rope, *self._ups(), **options).flatten(2)
 
     def _ups(self) -> tuple[Tensor, Tensor]:
         k_up = self.k_up.weight.unflatten(0, (self.heads, self.d_nope))

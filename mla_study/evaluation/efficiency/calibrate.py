@@ -113,7 +113,7 @@ def measure(
     points: list[Point] = []
     for done, shape in enumerate(shapes):
         given = inputs(shape, device)
-        right = [form for form in forms if check(form, given, shape.dtype) is None]
+        right: list[Form] = [form for form in forms if check(form, given, shape.dtype) is None]
         calls = {form: partial(FORMS[form], *given) for form in right}
         times = interleaved(calls, repeats, 1, clock or clock_of(device))
         points += [
@@ -165,7 +165,7 @@ def choices(points: Sequence[Point], calibration: Calibration, device: str) -> p
     """
     rows: list[dict[str, Any]] = []
     for shape in dict.fromkeys(point.shape for point in points):
-        mine = {p.form: p.seconds for p in points if p.shape == shape}
+        mine: dict[Form, Spread] = {p.form: p.seconds for p in points if p.shape == shape}
         if len(mine) < 2:
             continue
         decision = decide(shape, device, calibration=calibration)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from mla_study.kernels.latent_attention.absorbed import absorbed
 from mla_study.kernels.latent_attention.reconstruct import (
     attend_expanded,
@@ -12,4 +16,8 @@ from mla_study.kernels.latent_attention.reference import reference
 
 __all__ = ["FORMS", "absorbed", "attend_expanded", "expanded", "reconstruct", "reference"]
 
-FORMS = {"reference": reference, "reconstruct": reconstruct, "absorbed": absorbed}
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference,
+    "reconstruct": reconstruct,
+    "absorbed": absorbed,
+}

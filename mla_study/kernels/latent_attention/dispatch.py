@@ -67,8 +67,8 @@ def decide(
     seconds: dict[Form, float] = {
         name: calibration.seconds(told[name], name) for name in GPU_FORMS if name not in refused
     }
-    named = [name for name in GPU_FORMS if name == form]
-    chosen = named[0] if named else min(seconds, key=seconds.__getitem__)
+    ranked: list[tuple[float, Form]] = [(spent, name) for name, spent in seconds.items()]
+    chosen: Form = min(ranked, key=lambda pair: pair[0])[1] if form is None else form
     limit = crossover(shape.d_c, shape.d_rope, shape.d_head, calibration.value_is_key)
     return Decision(chosen, seconds, refused, calibration, limit)
 
