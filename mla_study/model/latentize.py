@@ -110,7 +110,7 @@ def latentize(
             :mod:`mla_study.probes.activations`), in place of those collected on the way.
         latents: file for :func:`~mla_study.model.conversion_inputs.file_inputs`; None: noise.
         progress: (finished layers, all layers).
-        say: gets remarks at once, before the work.
+        say: gets remarks at once: those of the result before the work, and that the end is near.
 
     Raises:
         UserError: bad input, or a target that cannot be written.
@@ -137,6 +137,8 @@ def latentize(
             raise UserError(f"{target} holds {', '.join(there[:3])} already: choose another folder")
         with work:
             job.run(inputs, work, progress)
+            if say is not None and not options.sweep:
+                say("all layers are converted: the checkpoint is being hashed and written")
             rows, found = work.tables(job.dense.layers)
             run = write_report(
                 target / REPORT,
