@@ -1,0 +1,112 @@
+"""Tile sizes of the fused kernel, and what it takes: pure functions of shapes, without Triton."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+SCALINGS = {"none": 0, "token": 1, "channel": 2}
+D_C = range(64, 513, 16)
+MOST_ROPE = 64
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+FAMILIES = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}
+INTERPRETED = 0  # an "architecture" of its own
+FEW_ROWS = 64
+
+
+class Tiles(NamedTuple):
+    """Rows and keys of a tile, warps of a program, stages of its pipeline, widest part of d_c."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+    widest: int = 512
+
+
+def parts(d_c: int, widest: int = 512) -> tuple[int, ...]:
+    """Powers of two from ``widest`` down to 16 that add up to d_c: 192 = 128 + 64."""
+    found: list[int] = []
+    width = widest
+    while d_c > 0:
+        while width > max(d_c, 16):
+            width //= 2
+        found.append(width)
+        d_c -= width
+    return tuple(found)
+
+
+def offsets(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """Where each part begins."""
+    return tuple(sum(widths[:i]) for i in range(len(widths)))
+
+
+def padded(d_rope: int) -> int:
+    """Width of the rotary tile: the next power of two, at least the 16 of a tensor core."""
+    return max(16, 2 ** (d_rope - 1).bit_length() if d_rope > 0 else 0)
+
+
+def family(arch: int) -> int | None:
+    """Architecture whose table serves ``arch`` (103 -> 100); None where none does.
+
+    sm_86, sm_89 and sm_120 have less than half the shared memory and no table.
+    """
+    return FAMILIES.get(arch)
+
+
+def unsupported(
+    d_c: int,
+    d_rope: int,
+    dtype: torch.dtype,
+    keys: int | None = None,
+    arch: int | None = None,
+) -> str | None:
+    """Why the kernel does not take a shape, in a sentence; None where it does.
+
+    Args:
+        keys: number of keys, where it is known.
+        arch: compute capability (90 for sm_90), INTERPRETED, or None for any that has a table.
+    """
+    if d_c not in D_C:
+        return (
+            f"the fused kernel takes d_c from {D_C[0]} to {D_C[-1]} in steps of {D_C.step}, "
+            f"not {d_c}"
+        )
+    if d_rope < 2 or d_rope > MOST_ROPE or d_rope % 2:
+        return f"the fused kernel takes an even d_rope from 2 to {MOST_ROPE}, not {d_rope}"
+    if arch not in (None, INTERPRETED) and family(arch) is None:
+        return f"the fused kernel has tile sizes for sm_80, sm_90 and sm_100, not for sm_{arch}"
+    dtypes = [torch.float16, torch.bfloat16]
+    if arch == INTERPRETED:
+        dtypes = [torch.float16, torch.float32]
+    if dtype not in dtypes:
+        names = " and ".join(str(d).removeprefix("torch.") for d in dtypes)
+        where = "in Triton's interpreter" if arch == INTERPRETED else "on a GPU"
+        return f"the fused kernel computes in {names} {where}, not in {str(dtype).removeprefix('torch.')}"
+    if keys is not None and keys < 1:
+        return "the fused kernel needs at least one key"
+    return None
+
+
+def splits_of(
+    programs: int, keys: int, block: int, processors: int, wanted: int | None = None
+) -> tuple[int, int]:
+    """(splits, keys a split): enough splits that ``programs`` of them fill the processors.
+
+    Every split holds whole tiles of ``block`` keys, two at least, and none is empty.
+
+    Args:
+        programs: row tiles of all samples.
+        wanted: this many splits (or as many as there are tiles) whatever the processors.
+    """
+    blocks = math.ceil(keys / block)
+    if wanted is None:
+        wanted = min(processors // programs, blocks // 2)
+    each = math.ceil(blocks / max(1, min(wanted, blocks)))
+    return math.ceil(blocks / each), each * block
+
+
+def tiles(arch: int, d_c: int, d_rope: int, dtype: torch.dtype, few: bool = False) -> Tiles:
+    return Tiles(16, 16, 4, 1) if arch == INTERPRETED else Tiles(128, 64, 8, 2)
