@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from mla_study.errors import UserError
 
 SCALINGS = {"none": 0, "token": 1, "channel": 2}
 D_C = range(64, 513, 16)
@@ -27,14 +32,16 @@ class Tiles(NamedTuple):
 
 
 def parts(d_c: int, widest: int = 512) -> tuple[int, ...]:
-    """Powers of two from ``widest`` down to 16 that add up to d_c: 192 = 128 + 64."""
+    """Powers of two, 16 to ``widest``, that add up to d_c: 192 = 128 + 64.
+
+    The last is rounded up where at most an eighth of it is padding (240 = 128 + 112 of 128): fewer
+    and wider products, and fewer registers, than 128 + 64 + 32 + 16.
+    """
     found: list[int] = []
-    width = widest
     while d_c > 0:
-        while width > max(d_c, 16):
-            width //= 2
-        found.append(width)
-        d_c -= width
+        above = min(widest, max(16, 2 ** (d_c - 1).bit_length()))
+        found.append(above if 8 * d_c >= 7 * above else above // 2)
+        d_c -= found[-1]
     return tuple(found)
 
 
@@ -108,5 +115,44 @@ def splits_of(
     return math.ceil(blocks / each), each * block
 
 
-def tiles(arch: int, d_c: int, d_rope: int, dtype: torch.dtype, few: bool = False) -> Tiles:
-    return Tiles(16, 16, 4, 1) if arch == INTERPRETED else Tiles(128, 64, 8, 2)
+@functools.cache
+def table() -> dict[str, list[tuple[int, int, Tiles]]]:
+    """Kind of :func:`kind_of` -> (first d_c, last d_c, tiles), as the last sweep of ``aot`` found."""
+    text = Path(__file__).with_name("tiles.json").read_text(encoding="utf-8")
+    return {
+        kind: [(first, last, Tiles(*numbers)) for first, last, numbers in rows]
+        for kind, rows in json.loads(text).items()
+    }
+
+
+def kind_of(arch: int, d_rope: int, int8: bool, few: bool) -> str:
+    """Name of a list of the table: what besides d_c a choice depends on."""
+    rotary = 32 if d_rope <= 32 else MOST_ROPE
+    return f"sm_{family(arch)} {'int8' if int8 else 'float'} {'few' if few else 'many'} rope {rotary}"
+
+
+def tiles(
+    arch: int,
+    d_c: int,
+    d_rope: int,
+    dtype: torch.dtype,
+    rows: int | None = None,
+) -> Tiles:
+    """Tile sizes without spills that fit the shared memory, from the table of the last sweep.
+
+    Args:
+        arch: compute capability, or INTERPRETED.
+        dtype: that of the cache; torch.int8 where it is dequantised in the kernel. float16 and
+            bfloat16 share their sizes.
+        rows: queries times heads; up to 64 of them take a tile of 64 rows. None: many.
+
+    Raises:
+        UserError: a size that :func:`unsupported` refuses.
+    """
+    if arch == INTERPRETED:
+        return Tiles(16, 16, 4, 1)
+    few = rows is not None and rows <= FEW_ROWS
+    for first, last, found in table().get(kind_of(arch, d_rope, dtype == torch.int8, few), []):
+        if first <= d_c <= last:
+            return found
+    raise UserError(f"the fused kernel has no tile sizes for d_c = {d_c} on sm_{arch}")
