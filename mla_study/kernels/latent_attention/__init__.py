@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mla_study.kernels.latent_attention.absorbed import absorbed
+from mla_study.kernels.latent_attention.absorbed_triton import absorbed_triton
 from mla_study.kernels.latent_attention.reconstruct import (
     attend_expanded,
     expanded,
@@ -10,6 +11,14 @@ from mla_study.kernels.latent_attention.reconstruct import (
 )
 from mla_study.kernels.latent_attention.reference import reference
 
-__all__ = ["FORMS", "absorbed", "attend_expanded", "expanded", "reconstruct", "reference"]
+__all__ = [
+    "FORMS",
+    "absorbed",
+    "absorbed_triton",
+    "attend_expanded",
+    "expanded",
+    "reconstruct",
+    "reference",
+]
 
 FORMS = {"reference": reference, "reconstruct": reconstruct, "absorbed": absorbed}

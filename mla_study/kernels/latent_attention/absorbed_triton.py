@@ -23,7 +23,6 @@ from mla_study.kernels.latent_attention.triton_tiles import (
     INTERPRETED,
     SCALINGS,
     Tiles,
-    family,
     offsets,
     padded,
     parts,
@@ -32,33 +31,34 @@ from mla_study.kernels.latent_attention.triton_tiles import (
     unsupported,
 )
 
-__all__ = ["absorbed_triton", "latent_mean", "latent_mean_torch", "unavailable", "unsupported"]
+__all__ = [
+    "absorbed_triton",
+    "arch_of",
+    "latent_mean",
+    "latent_mean_torch",
+    "unavailable",
+    "unsupported",
+]
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why the kernel cannot run on a device, in a sentence; None where it can."""
     if importlib.util.find_spec("triton") is None:
         return "absorbed_triton needs Triton, which is not installed: pip install 'mla-study[gpu]'"
-    if _interpreted():
+    if device.type == "cpu" and _interpreted():
         return None
     if device.type != "cuda":
         return (
             f"absorbed_triton computes on a CUDA GPU, but these tensors are on '{device}': "
             "move them, or take the form 'absorbed'"
         )
-    capability = torch.cuda.get_device_capability(device)
-    if family(10 * capability[0] + capability[1]) is None:
-        return (
-            f"absorbed_triton has tile sizes for sm_80, sm_90 and sm_100, but {device} is "
-            f"sm_{capability[0]}{capability[1]}: take the form 'absorbed'"
-        )
     return None
 
 
 def _interpreted() -> bool:
-    from triton import knobs
+    from triton.runtime.interpreter import InterpretedFunction
 
-    return bool(knobs.runtime.interpret)
+    return isinstance(kernels().latent_attention, InterpretedFunction)
 
 
 def kernels() -> Any:
@@ -134,18 +134,20 @@ def _launch(q_lat: Tensor, q_rope: Tensor, c: Cached, k_rope: Cached, how: _How)
     batch, queries, heads, d_c = q_lat.shape
     d_rope, rows, keys = q_rope.shape[-1], queries * heads, c.data.shape[1]
     q_lat, q_rope = _rows(q_lat), _rows(q_rope)
-    shape = how.shape or tiles(_arch(q_lat.device), d_c, d_rope, q_lat.dtype)
+    held = torch.int8 if c.scheme != "none" else q_lat.dtype
+    shape = how.shape or tiles(arch_of(q_lat.device), d_c, d_rope, held, rows)
     row_tiles = math.ceil(rows / shape.BM)
     splits, split_keys = splits_of(
         row_tiles * batch, keys, shape.BN, _processors(q_lat.device), how.splits
     )
     rotation, inside = how.rotation, False
     if rotation is not None and d_rope:
-        inside = row_tiles == 1 if how.rotate_inside is None else how.rotate_inside
+        inside = row_tiles == 1 and d_rope <= 32
+        inside = inside if how.rotate_inside is None else how.rotate_inside
         if not inside:
             turned = rotated_keys(k_rope.floating(q_lat.dtype), rotation)
             k_rope = Cached.of("k_rope", turned, None)
-    cis = torch.view_as_real(rotation.to(torch.complex64)) if inside and rotation is not None else q_rope
+    cis = q_rope if not inside or rotation is None else _table(rotation)
     out = q_lat.new_empty(batch, queries, heads, d_c)
     mean, lse = out, out
     if splits > 1:
@@ -171,12 +173,18 @@ def _launch(q_lat: Tensor, q_rope: Tensor, c: Cached, k_rope: Cached, how: _How)
     return out
 
 
+def _table(rotation: Tensor) -> Tensor:
+    """cos and sin [K, P, 2] in float32, without a copy where they are that already."""
+    return torch.view_as_real(rotation.to(torch.complex64).resolve_conj())
+
+
 def _rows(q: Tensor) -> Tensor:
     """Queries with neighbouring channels; their other strides are free."""
     return q if q.stride(-1) == 1 else q.contiguous()
 
 
-def _arch(device: torch.device) -> int:
+def arch_of(device: torch.device) -> int:
+    """Compute capability (90 for sm_90); INTERPRETED for what is no CUDA device."""
     if device.type != "cuda":
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(device)
@@ -233,9 +241,9 @@ def latent_mean(
 def _check(
     q_lat: Tensor, q_rope: Tensor, c: Cached, k_rope: Cached, rotation: Tensor | None
 ) -> None:
-    reason = unavailable(q_lat.device) or unsupported(
-        q_lat.shape[-1], q_rope.shape[-1], q_lat.dtype, c.data.shape[1], _arch(q_lat.device)
-    )
+    sizes = (q_lat.shape[-1], q_rope.shape[-1], q_lat.dtype, c.data.shape[1])
+    reason = unavailable(q_lat.device)
+    reason = reason or unsupported(*sizes, arch_of(q_lat.device), c.scheme != "none")
     if reason:
         raise UserError(reason)
     keys, pairs = c.data.shape[1], q_rope.shape[-1] // 2
@@ -246,9 +254,12 @@ def _check(
         )
     if rotation is not None and (rotation.shape != (keys, pairs) or rotation.stride(-1) != 1):
         raise UserError(
-            f"the rotation {list(rotation.shape)} must hold {keys} keys of {pairs} neighbouring pairs"
+            f"the rotation {list(rotation.shape)} must hold {keys} keys of {pairs} pairs, "
+            "neighbours in memory"
         )
     for name, cached in (("c", c), ("k_rope", k_rope)):
+        if keys * cached.data.stride(1) >= 2**31:
+            raise UserError(f"{name} spans 2^31 elements or more a sample: use fewer keys")
         if cached.scheme == "none" and cached.data.dtype != q_lat.dtype:
             raise UserError(f"{name} is {cached.data.dtype}, but the queries are {q_lat.dtype}")
     tensors = (q_rope, c.data, c.scales, k_rope.data, k_rope.scales, rotation)

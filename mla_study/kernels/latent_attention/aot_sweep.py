@@ -17,12 +17,18 @@ from mla_study.kernels.latent_attention.aot import Facts, Variant, facts
 from mla_study.kernels.latent_attention.triton_tiles import D_C, Tiles, kind_of
 
 ARCHES = (80, 90, 100)
-CHECKED = (64, 128, 192, 256, 384, 512)  # d_c where an int8 choice is compiled in both schemes
+CHECKED = (64, 128, 192, 256, 384, 512)  # every variant is compiled there, elsewhere the hardest
+WIDE_STEP = 64  # of d_c where d_rope is above 32; a choice serves the d_c up to it
 
-_HOPPER = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 3), (64, 64, 8, 2),
-           (64, 32, 8, 3), (64, 32, 8, 2)]  # fmt: skip
-_AMPERE = [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2),
-           (64, 16, 4, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)]  # fmt: skip
+_HOPPER = (
+    (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 3), (64, 64, 8, 2),
+    (64, 32, 8, 3), (64, 32, 8, 2),
+)  # fmt: skip
+_SMALL = ((32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2))
+_AMPERE = (
+    (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2),
+    (64, 16, 4, 2), *_SMALL,
+)  # fmt: skip
 
 
 def candidates(arch: int, int8: bool) -> list[Tiles]:
@@ -38,7 +44,7 @@ def candidates(arch: int, int8: bool) -> list[Tiles]:
 
 def _small(widest: int) -> list[Tiles]:
     """Tiles of fewer than 64 rows, which run on mma.sync."""
-    return [Tiles(*numbers, widest=widest) for numbers in _AMPERE[6:]]
+    return [Tiles(*numbers, widest=widest) for numbers in _SMALL]
 
 
 def variants(arch: int, d_c: int, int8: bool, d_rope: int) -> list[Variant]:
@@ -46,7 +52,8 @@ def variants(arch: int, d_c: int, int8: bool, d_rope: int) -> list[Variant]:
     if d_rope > 32:
         return [Variant(arch, d_c, d_rope)]
     if not int8:
-        return [Variant(arch, d_c, d_rope, rotate=True, split=True), Variant(arch, d_c, d_rope)]
+        most = [Variant(arch, d_c, d_rope, rotate=True, split=True)]
+        return [*most, Variant(arch, d_c, d_rope)] if d_c in CHECKED else most
     schemes = ("channel", "token") if d_c in CHECKED else ("channel",)
     return [Variant(arch, d_c, d_rope, scheme=s, rotate=True, split=True) for s in schemes]
 
@@ -56,6 +63,8 @@ def sweep(arch: int, sizes: Sequence[int] = D_C) -> Iterator[dict[str, Any]]:
     for int8, d_rope in ((False, 32), (True, 32), (False, 64)):
         last = 0
         for d_c in sizes:
+            if d_rope > 32 and d_c % WIDE_STEP:
+                continue
             given = candidates(arch, int8)
             picked = yield from _first(given, max(0, last - 1), arch, d_c, int8, d_rope, False)
             if picked is None:
@@ -108,11 +117,13 @@ def ranges(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, int, lis
     found: dict[str, list[tuple[int, int, list[int]]]] = {}
     for kind, sizes in chosen.items():
         runs: list[tuple[int, int, list[int]]] = []
+        step = D_C.step if kind.endswith(" 32") else WIDE_STEP
         for d_c, shape in sorted(sizes.items()):
-            if runs and runs[-1][2] == shape and runs[-1][1] == d_c - D_C.step:
+            first = max(D_C[0], d_c - step + D_C.step)
+            if runs and runs[-1][2] == shape and runs[-1][1] == first - D_C.step:
                 runs[-1] = (runs[-1][0], d_c, shape)
             else:
-                runs.append((d_c, d_c, shape))
+                runs.append((first, d_c, shape))
         found[kind] = runs
     return found
 
@@ -121,14 +132,18 @@ def _swept(arch: int) -> list[dict[str, Any]]:
     return list(sweep(arch))
 
 
-def measure(folder: Path, tiles_file: Path, processes: int = 2) -> None:
-    """Sweep, write tiles.json and the result folder."""
+def swept(processes: int = 2) -> list[dict[str, Any]]:
+    """Rows of all architectures."""
+    with ProcessPoolExecutor(processes) as pool:
+        return [row for some in pool.map(_swept, ARCHES) for row in some]
+
+
+def write(rows: Sequence[dict[str, Any]], folder: Path, tiles_file: Path) -> None:
+    """Write tiles.json, and the result folder with the whole table."""
     import pandas as pd
 
-    from mla_study.study.runs import Stopwatch, atomic_write, write_result
+    from mla_study.study.runs import atomic_write, write_result
 
-    with Stopwatch() as watch, ProcessPoolExecutor(processes) as pool:
-        rows = [row for some in pool.map(_swept, ARCHES) for row in some]
     lines = [
         f'"{kind}": [\n  ' + ",\n  ".join(json.dumps(run) for run in runs) + "\n]"
         for kind, runs in ranges(rows).items()
@@ -148,9 +163,9 @@ def measure(folder: Path, tiles_file: Path, processes: int = 2) -> None:
         units={"shared_bytes": "B", "spill_bytes": "B", "registers": "1/thread"},
         notes=[
             "compiler statistics of code compiled ahead of time: nothing was run on a GPU",
-            "hgmma, mma and tcgen05 count instructions in the code, which holds the step over whole "
-            "key tiles and the masked one over the last",
+            "hgmma, mma and tcgen05 count instructions of the code, which holds the step over "
+            "whole key tiles and the masked one over the last",
             "spill_bytes is the stack frame of a thread",
         ],
-        observed=watch.observed(),
+        observed={},
     )

@@ -25,7 +25,7 @@ class Cached:
 
     @classmethod
     def of(cls, name: str, data: Tensor, scales: Tensor | None) -> Cached:
-        """View [B, K, channels] or [B, F, T, channels] without a copy; UserError where one is due."""
+        """View [B, K, channels] or [B, F, T, channels]; UserError where that takes a copy."""
         tokens = data.shape[2] if data.ndim == 4 else max(1, data.shape[1])
         rows = data
         if data.ndim == 4:
@@ -40,8 +40,8 @@ class Cached:
             rows = data.as_strided(size, (data.stride(0), data.stride(2), data.stride(3)))
         if rows.stride(-1) != 1 and rows.shape[-1] > 1:
             raise UserError(
-                f"the channels of {name} lie {rows.stride(-1)} elements apart, but the kernel reads "
-                "neighbouring ones: pass it with .contiguous()"
+                f"the channels of {name} lie {rows.stride(-1)} elements apart, but the kernel "
+                "reads neighbouring ones: pass it with .contiguous()"
             )
         if scales is None:
             if data.dtype == torch.int8:

@@ -1,11 +1,13 @@
-"""The Triton source of latent attention without expanding the cache (see README.md, "Fused").
+"""The Triton source of fused latent attention (README.md, "Fused"); imported only with Triton.
 
-Imported only where Triton is there. Rows are queries times heads, row = m * H + h. A latent of d_c
-channels is held in PARTS, powers of two that add up to d_c (192 = 128 + 64), so that no product
-works on padding. Every key tile is loaded once and used twice, as key and as value.
+Rows are queries times heads, row = m * H + h. A latent is held in PARTS (``triton_tiles.parts``).
 """
 
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# ruff: noqa: RUF005
 from __future__ import annotations
+
+from typing import no_type_check
 
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ CHANNEL_SCALES = tl.constexpr(2)
 
 
 @triton.jit
+@no_type_check
 def cached_tile(
     ptr, scales_ptr, token, keys, stride_key, stride_scale, frame_tokens, FIRST: tl.constexpr,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SCALING: tl.constexpr, MASKED: tl.constexpr,
@@ -41,6 +44,7 @@ def cached_tile(
 
 
 @triton.jit
+@no_type_check
 def rotated(
     key, cis_ptr, token, keys, stride_cis, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +60,7 @@ def rotated(
 
 
 @triton.jit
+@no_type_check
 def absorb_tile(
     start, keys, q, r, highest, total, acc, c_ptr, k_ptr, cis_ptr, c_scales_ptr, k_scales_ptr,
     log2_scale, c_tokens, k_tokens, stride_ck, stride_kk, stride_cis, stride_cs, stride_ks,
@@ -95,6 +100,7 @@ def absorb_tile(
 
 
 @triton.jit
+@no_type_check
 def latent_attention(
     q_ptr, r_ptr, c_ptr, k_ptr, cis_ptr, c_scales_ptr, k_scales_ptr, out_ptr, lse_ptr,
     log2_scale, rows, keys, heads, split_keys, c_tokens, k_tokens,
@@ -178,6 +184,7 @@ def latent_attention(
 
 
 @triton.jit
+@no_type_check
 def combine(
     mean_ptr, lse_ptr, out_ptr, lines, splits, D_C: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip

@@ -69,12 +69,15 @@ def unsupported(
     dtype: torch.dtype,
     keys: int | None = None,
     arch: int | None = None,
+    int8: bool = False,
 ) -> str | None:
     """Why the kernel does not take a shape, in a sentence; None where it does.
 
     Args:
+        dtype: of the queries, and of the cache where it is not int8.
         keys: number of keys, where it is known.
-        arch: compute capability (90 for sm_90), INTERPRETED, or None for any that has a table.
+        arch: compute capability (90 for sm_90), INTERPRETED, or None for a GPU yet unknown.
+        int8: the cache is to be dequantised in the kernel.
     """
     if d_c not in D_C:
         return (
@@ -83,17 +86,26 @@ def unsupported(
         )
     if d_rope < 2 or d_rope > MOST_ROPE or d_rope % 2:
         return f"the fused kernel takes an even d_rope from 2 to {MOST_ROPE}, not {d_rope}"
-    if arch not in (None, INTERPRETED) and family(arch) is None:
-        return f"the fused kernel has tile sizes for sm_80, sm_90 and sm_100, not for sm_{arch}"
     dtypes = [torch.float16, torch.bfloat16]
     if arch == INTERPRETED:
         dtypes = [torch.float16, torch.float32]
     if dtype not in dtypes:
         names = " and ".join(str(d).removeprefix("torch.") for d in dtypes)
         where = "in Triton's interpreter" if arch == INTERPRETED else "on a GPU"
-        return f"the fused kernel computes in {names} {where}, not in {str(dtype).removeprefix('torch.')}"
+        mine = str(dtype).removeprefix("torch.")
+        return f"the fused kernel computes in {names} {where}, not in {mine}"
     if keys is not None and keys < 1:
         return "the fused kernel needs at least one key"
+    if arch in (None, INTERPRETED):
+        return None
+    if family(arch) is None:
+        return f"the fused kernel has tile sizes for sm_80, sm_90 and sm_100, not for sm_{arch}"
+    if _found(arch, d_c, d_rope, int8, few=False) is None:
+        cache = "an int8 cache" if int8 else "a cache"
+        return (
+            f"no tile size of the fused kernel is without spills for {cache} of "
+            f"d_c = {d_c} and d_rope = {d_rope} on sm_{arch}"
+        )
     return None
 
 
@@ -117,7 +129,7 @@ def splits_of(
 
 @functools.cache
 def table() -> dict[str, list[tuple[int, int, Tiles]]]:
-    """Kind of :func:`kind_of` -> (first d_c, last d_c, tiles), as the last sweep of ``aot`` found."""
+    """Kind (:func:`kind_of`) -> (first d_c, last d_c, tiles), as the last sweep found."""
     text = Path(__file__).with_name("tiles.json").read_text(encoding="utf-8")
     return {
         kind: [(first, last, Tiles(*numbers)) for first, last, numbers in rows]
@@ -128,7 +140,8 @@ def table() -> dict[str, list[tuple[int, int, Tiles]]]:
 def kind_of(arch: int, d_rope: int, int8: bool, few: bool) -> str:
     """Name of a list of the table: what besides d_c a choice depends on."""
     rotary = 32 if d_rope <= 32 else MOST_ROPE
-    return f"sm_{family(arch)} {'int8' if int8 else 'float'} {'few' if few else 'many'} rope {rotary}"
+    cache, rows = "int8" if int8 else "float", "few" if few else "many"
+    return f"sm_{family(arch)} {cache} {rows} rope {rotary}"
 
 
 def tiles(
@@ -151,8 +164,19 @@ def tiles(
     """
     if arch == INTERPRETED:
         return Tiles(16, 16, 4, 1)
+    int8 = dtype == torch.int8
     few = rows is not None and rows <= FEW_ROWS
-    for first, last, found in table().get(kind_of(arch, d_rope, dtype == torch.int8, few), []):
+    found = _found(arch, d_c, d_rope, int8, few) or _found(arch, d_c, d_rope, int8, False)
+    if found is None:
+        known = torch.float16 if int8 else dtype
+        raise UserError(str(unsupported(d_c, d_rope, known, arch=arch, int8=int8)))
+    return found
+
+
+def _found(arch: int, d_c: int, d_rope: int, int8: bool, few: bool) -> Tiles | None:
+    if family(arch) is None:
+        return None
+    for first, last, found in table().get(kind_of(arch, d_rope, int8, few), []):
         if first <= d_c <= last:
             return found
-    raise UserError(f"the fused kernel has no tile sizes for d_c = {d_c} on sm_{arch}")
+    return None
