@@ -245,6 +245,7 @@ class Worker:
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
+        self.process.terminate()
         self.process.wait(30)
         self.process.stdout.close()
 

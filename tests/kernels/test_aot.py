@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from mla_study.kernels.latent_attention.absorbed_triton import kernels
 from mla_study.kernels.latent_attention.aot import MOST_TMEM, Facts, Variant, facts, main
 from mla_study.kernels.latent_attention.triton_tiles import SHARED_LIMIT, tiles
 
@@ -29,6 +30,17 @@ def test_float16_and_int8_compile_like_bfloat16() -> None:
     shape = tiles(90, 192, 32, torch.int8)
     packed = facts(Variant(90, 192, scheme="token", rotate=True, split=True), shape)
     assert packed.hgmma > 0 and packed.spill_bytes == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_step_that_joins_splits_compiles(arch: int) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    types = {"mean_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16"}
+    signature = {**types, "lines": "i32", "splits": "i32", "D_C": "constexpr", "WIDTH": "constexpr"}
+    source = ASTSource(kernels().combine, signature, {"D_C": 192, "WIDTH": 256})
+    assert compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]
 
 
 def test_what_refuses_tiles() -> None:

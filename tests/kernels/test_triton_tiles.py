@@ -40,6 +40,14 @@ def test_parts_are_powers_of_two_with_little_padding(widest: int) -> None:
     assert parts(192, widest) == {64: (64, 64, 64), 128: (128, 64), 512: (128, 64)}[widest]
 
 
+def test_parts_no_narrower_than_asked() -> None:
+    assert parts(208, 64, 32) == (64, 64, 64, 32)
+    assert parts(240, 64, 32) == (64, 64, 64, 32, 32)
+    for d_c in D_C:
+        widths = parts(d_c, 64, 32)
+        assert set(widths) <= {32, 64} and d_c <= sum(widths) < d_c + 32
+
+
 def test_rotary_width() -> None:
     assert [padded(n) for n in (2, 16, 18, 32, 48, 64)] == [16, 16, 32, 32, 64, 64]
 
@@ -67,13 +75,13 @@ def test_few_queries_fill_a_gpu() -> None:
 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("d_rope", [16, 32, 64])
-@pytest.mark.parametrize("rows", [12, None])
-def test_every_size_has_tiles(arch: int, d_rope: int, rows: int | None) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        for d_c in D_C:
-            assert unsupported(d_c, d_rope, dtype, 100, arch) is None
-            shape = tiles(arch, d_c, d_rope, dtype, rows)
-            assert shape.BM <= 64 or rows is None
+def test_every_size_has_tiles(arch: int, d_rope: int) -> None:
+    for d_c in D_C:
+        assert unsupported(d_c, d_rope, torch.bfloat16, 100, arch) is None
+        many = tiles(arch, d_c, d_rope, torch.bfloat16)
+        assert tiles(arch, d_c, d_rope, torch.float16) == many
+        few = tiles(arch, d_c, d_rope, torch.bfloat16, rows=12)
+        assert few.BM == min(64, many.BM) or d_rope > 32
 
 
 def test_reasons() -> None:

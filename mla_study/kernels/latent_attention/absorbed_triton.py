@@ -153,23 +153,24 @@ def _launch(q_lat: Tensor, q_rope: Tensor, c: Cached, k_rope: Cached, how: _How)
     if splits > 1:
         mean = out.new_empty(splits, batch, rows, d_c, dtype=torch.float32)
         lse = mean.new_empty(splits, batch, rows)
-    widths = parts(d_c, shape.widest)
-    source.latent_attention[(row_tiles, splits, batch)](
-        q_lat, q_rope, c.data, k_rope.data, cis, c.scales, k_rope.scales, mean, lse,
-        how.scale * math.log2(math.e), rows, keys, heads, split_keys,
-        max(c.frame_tokens, 1), max(k_rope.frame_tokens, 1),
-        *q_lat.stride()[:3], *q_rope.stride()[:3],
-        *c.data.stride()[:2], *k_rope.data.stride()[:2], cis.stride(0),
-        *c.scale_steps, *k_rope.scale_steps,
-        PARTS=widths, OFFSETS=offsets(widths), D_C=d_c, D_ROPE=d_rope, W_ROPE=padded(d_rope),
-        ROTATE=inside, C_SCALING=SCALINGS[c.scheme], K_SCALING=SCALINGS[k_rope.scheme],
-        SPLIT=splits > 1, BM=shape.BM, BN=shape.BN,
-        num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
-    if splits > 1:
-        source.combine[(batch * rows,)](
-            mean, lse, out, batch * rows, splits, D_C=d_c, WIDTH=2 ** (d_c - 1).bit_length()
-        )
+    widths = parts(d_c, shape.widest, shape.narrowest)
+    with torch.cuda.device_of(q_lat):
+        source.latent_attention[(row_tiles, splits, batch)](
+            q_lat, q_rope, c.data, k_rope.data, cis, c.scales, k_rope.scales, mean, lse,
+            how.scale * math.log2(math.e), rows, keys, heads, split_keys,
+            max(c.frame_tokens, 1), max(k_rope.frame_tokens, 1),
+            *q_lat.stride()[:3], *q_rope.stride()[:3],
+            *c.data.stride()[:2], *k_rope.data.stride()[:2], cis.stride(0),
+            *c.scale_steps, *k_rope.scale_steps,
+            PARTS=widths, OFFSETS=offsets(widths), D_C=d_c, D_ROPE=d_rope, W_ROPE=padded(d_rope),
+            ROTATE=inside, C_SCALING=SCALINGS[c.scheme], K_SCALING=SCALINGS[k_rope.scheme],
+            SPLIT=splits > 1, BM=shape.BM, BN=shape.BN,
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+        if splits > 1:
+            source.combine[(batch * rows,)](
+                mean, lse, out, batch * rows, splits, D_C=d_c, WIDTH=2 ** (d_c - 1).bit_length()
+            )
     return out
 
 

@@ -96,7 +96,7 @@ def compiled(variant: Variant, shape: Tiles) -> Any:
     from triton.compiler import ASTSource, compile
 
     kernel = source.latent_attention
-    widths = parts(variant.d_c, shape.widest)
+    widths = parts(variant.d_c, shape.widest, shape.narrowest)
     scaling = SCALINGS[variant.scheme]
     constants: dict[str, Any] = {
         "PARTS": widths,

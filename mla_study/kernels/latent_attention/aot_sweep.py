@@ -18,33 +18,29 @@ from mla_study.kernels.latent_attention.triton_tiles import D_C, Tiles, kind_of
 
 ARCHES = (80, 90, 100)
 CHECKED = (64, 128, 192, 256, 384, 512)  # every variant is compiled there, elsewhere the hardest
-WIDE_STEP = 64  # of d_c where d_rope is above 32; a choice serves the d_c up to it
+WIDE_STEP = 64
 
 _HOPPER = (
     (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 3), (64, 64, 8, 2),
     (64, 32, 8, 3), (64, 32, 8, 2),
 )  # fmt: skip
-_SMALL = ((32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2))
 _AMPERE = (
     (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2),
-    (64, 16, 4, 2), *_SMALL,
+    (64, 16, 4, 2), (32, 32, 4, 2), (32, 16, 4, 2),
 )  # fmt: skip
+# a part as narrow as the rows would lay the warps along the rows: each then holds all channels
+_FEW_ROWS = (Tiles(16, 32, 4, 2, 64, 32), Tiles(16, 16, 4, 2, 64, 32))
 
 
 def candidates(arch: int, int8: bool) -> list[Tiles]:
     """What is tried, best first."""
     if arch == 80:
-        return [Tiles(*numbers, widest=64) for numbers in _AMPERE]
+        return [*(Tiles(*numbers, widest=64) for numbers in _AMPERE), *_FEW_ROWS]
     if arch == 90:
         wide = [Tiles(*numbers, widest=512 if int8 else 128) for numbers in _HOPPER]
-        return [*wide, Tiles(64, 32, 8, 2, 256), Tiles(64, 32, 8, 2, 128), *_small(64)]
+        return [*wide, Tiles(64, 32, 8, 2, 256), Tiles(64, 32, 8, 2, 128), *_FEW_ROWS]
     wide = [Tiles(*numbers, widest=128) for numbers in _HOPPER]
-    return [*wide, Tiles(64, 32, 8, 2, 512), Tiles(64, 32, 16, 2, 512), *_small(64)]
-
-
-def _small(widest: int) -> list[Tiles]:
-    """Tiles of fewer than 64 rows, which run on mma.sync."""
-    return [Tiles(*numbers, widest=widest) for numbers in _SMALL]
+    return [*wide, Tiles(64, 32, 8, 2, 512), Tiles(64, 32, 16, 2, 512), *_FEW_ROWS]
 
 
 def variants(arch: int, d_c: int, int8: bool, d_rope: int) -> list[Variant]:
@@ -58,13 +54,21 @@ def variants(arch: int, d_c: int, int8: bool, d_rope: int) -> list[Variant]:
     return [Variant(arch, d_c, d_rope, scheme=s, rotate=True, split=True) for s in schemes]
 
 
-def sweep(arch: int, sizes: Sequence[int] = D_C) -> Iterator[dict[str, Any]]:
-    """Rows of the table of one architecture; ``status`` is "picked" or why not."""
-    for int8, d_rope in ((False, 32), (True, 32), (False, 64)):
+def step_of(int8: bool, d_rope: int) -> int:
+    """Of d_c: the paper's kind is compiled at every size, the others share that of the next one."""
+    return WIDE_STEP if int8 or d_rope > 32 else D_C.step
+
+
+def sweep(
+    arch: int, kinds: Sequence[tuple[bool, int]] = ((False, 32), (True, 32), (False, 64))
+) -> Iterator[dict[str, Any]]:
+    """Rows of the table of one architecture; ``status`` is "picked" or why not.
+
+    :param kinds: pairs of (int8, d_rope).
+    """
+    for int8, d_rope in kinds:
         last = 0
-        for d_c in sizes:
-            if d_rope > 32 and d_c % WIDE_STEP:
-                continue
+        for d_c in D_C[:: step_of(int8, d_rope) // D_C.step]:
             given = candidates(arch, int8)
             picked = yield from _first(given, max(0, last - 1), arch, d_c, int8, d_rope, False)
             if picked is None:
@@ -117,7 +121,7 @@ def ranges(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, int, lis
     found: dict[str, list[tuple[int, int, list[int]]]] = {}
     for kind, sizes in chosen.items():
         runs: list[tuple[int, int, list[int]]] = []
-        step = D_C.step if kind.endswith(" 32") else WIDE_STEP
+        step = step_of("int8" in kind, int(kind.split()[-1]))
         for d_c, shape in sorted(sizes.items()):
             first = max(D_C[0], d_c - step + D_C.step)
             if runs and runs[-1][2] == shape and runs[-1][1] == first - D_C.step:

@@ -22,25 +22,26 @@ FEW_ROWS = 64
 
 
 class Tiles(NamedTuple):
-    """Rows and keys of a tile, warps of a program, stages of its pipeline, widest part of d_c."""
+    """Rows and keys of a tile, warps and stages of a program, bounds of the parts of d_c."""
 
     BM: int
     BN: int
     warps: int
     stages: int
     widest: int = 512
+    narrowest: int = 16
 
 
-def parts(d_c: int, widest: int = 512) -> tuple[int, ...]:
-    """Powers of two, 16 to ``widest``, that add up to d_c: 192 = 128 + 64.
+def parts(d_c: int, widest: int = 512, narrowest: int = 16) -> tuple[int, ...]:
+    """Powers of two, ``narrowest`` to ``widest``, that add up to d_c: 192 = 128 + 64.
 
     The last is rounded up where at most an eighth of it is padding (240 = 128 + 112 of 128): fewer
     and wider products, and fewer registers, than 128 + 64 + 32 + 16.
     """
     found: list[int] = []
     while d_c > 0:
-        above = min(widest, max(16, 2 ** (d_c - 1).bit_length()))
-        found.append(above if 8 * d_c >= 7 * above else above // 2)
+        above = min(widest, max(narrowest, 2 ** (d_c - 1).bit_length()))
+        found.append(above if 8 * d_c >= 7 * above or above == narrowest else above // 2)
         d_c -= found[-1]
     return tuple(found)
 
