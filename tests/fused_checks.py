@@ -51,6 +51,7 @@ BASIC = (
     Case(d_rope=48, d_c=80, rotation="before", frames=4, tokens=8, scale=3.0),
     Case(storage="token", rotation="inside", splits=2, dtype="float16", d_c=112, d_rope=6),
     Case(storage="channel", rotation="inside", tokens=11, scale=3.0),
+    Case(storage="channel", rotation="inside", tokens=19, scale=3.0, heads=2, d_c=80),
 )
 
 # what to replace in the kernel's source -> by what: each is an error that somebody could make
@@ -81,6 +82,8 @@ MUTANTS = {
     "scales of the first sample": ("c_scales_ptr + batch * stride_csb", "c_scales_ptr"),
     "rotated backwards": ("even * cos - odd * sin", "even * cos + odd * sin"),
     "scales of another frame": ("(token // frame_tokens)", "(token % frame_tokens)"),
+    "scales change a token late": ("token < (early + 1)", "token <= (early + 1)"),
+    "scales of the frame before": ("scales_ptr + late", "scales_ptr + early"),
     "splits averaged": ("weight = tl.exp2(lse - higher)", "weight = 1.0"),
     "splits overlap": ("begin = split * split_keys", "begin = split * (split_keys - BN)"),
     "second part read as the first": ("FIRST + tl.arange(0, WIDTH)", "tl.arange(0, WIDTH)"),

@@ -21,7 +21,6 @@ from mla_study.errors import UserError
 from mla_study.kernels.latent_attention.triton_inputs import Cached, rotated_keys
 from mla_study.kernels.latent_attention.triton_tiles import (
     INTERPRETED,
-    SCALINGS,
     Tiles,
     offsets,
     padded,
@@ -163,7 +162,7 @@ def _launch(q_lat: Tensor, q_rope: Tensor, c: Cached, k_rope: Cached, how: _How)
             *c.data.stride()[:2], *k_rope.data.stride()[:2], cis.stride(0),
             *c.scale_steps, *k_rope.scale_steps,
             PARTS=widths, OFFSETS=offsets(widths), D_C=d_c, D_ROPE=d_rope, W_ROPE=padded(d_rope),
-            ROTATE=inside, C_SCALING=SCALINGS[c.scheme], K_SCALING=SCALINGS[k_rope.scheme],
+            ROTATE=inside, C_SCALING=c.scaling(shape.BN), K_SCALING=k_rope.scaling(shape.BN),
             SPLIT=splits > 1, BM=shape.BM, BN=shape.BN,
             num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip

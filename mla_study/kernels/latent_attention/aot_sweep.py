@@ -33,13 +33,15 @@ _FEW_ROWS = (Tiles(16, 32, 4, 2, 64, 32), Tiles(16, 16, 4, 2, 64, 32))
 
 
 def candidates(arch: int, int8: bool) -> list[Tiles]:
-    """What is tried, best first."""
+    """What is tried, best first; int8, which needs registers to unpack, begins lower."""
     if arch == 80:
-        return [*(Tiles(*numbers, widest=64) for numbers in _AMPERE), *_FEW_ROWS]
+        given = _AMPERE[5:] if int8 else _AMPERE
+        return [*(Tiles(*numbers, widest=64) for numbers in given), *_FEW_ROWS]
+    given = [numbers for numbers in _HOPPER if numbers[3] == 2] if int8 else _HOPPER
     if arch == 90:
-        wide = [Tiles(*numbers, widest=512 if int8 else 128) for numbers in _HOPPER]
-        return [*wide, Tiles(64, 32, 8, 2, 256), Tiles(64, 32, 8, 2, 128), *_FEW_ROWS]
-    wide = [Tiles(*numbers, widest=128) for numbers in _HOPPER]
+        wide = [Tiles(*numbers, widest=512 if int8 else 128) for numbers in given]
+        return [*wide, Tiles(64, 32, 8, 2, 256), *_FEW_ROWS]
+    wide = [Tiles(*numbers, widest=128) for numbers in given]
     return [*wide, Tiles(64, 32, 8, 2, 512), Tiles(64, 32, 16, 2, 512), *_FEW_ROWS]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mla_study.errors import UserError
+from mla_study.kernels.latent_attention.triton_tiles import SCALINGS
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Cached:
 
     data: Tensor  # [B, K, channels], any strides but the last
     scales: Tensor  # what the kernel is given where there are none: the data
-    scheme: str  # of SCHEMES in triton_tiles
+    scheme: str  # none, token or channel
     scale_steps: tuple[int, int]  # a sample, and a token or frame
     frame_tokens: int
 
@@ -65,6 +66,11 @@ class Cached:
             f"scales {list(scales.shape)} do not belong to {name} {list(data.shape)}: give one a "
             "token [B, F, T, 1], or one a channel and frame [B, F, 1, channels]"
         )
+
+    def scaling(self, keys: int) -> int:
+        """How tiles of ``keys`` keys are dequantised: they may span two frames, or more."""
+        short = self.scheme == "channel" and self.frame_tokens < keys
+        return SCALINGS["channel, short frames" if short else self.scheme]
 
     def floating(self, dtype: torch.dtype) -> Tensor:
         """Dequantised [B, K, channels], computed in float32 as the cache itself does."""

@@ -15,16 +15,18 @@ import triton.language as tl
 NO_SCALES = tl.constexpr(0)
 TOKEN_SCALES = tl.constexpr(1)
 CHANNEL_SCALES = tl.constexpr(2)
+SHORT_FRAME_SCALES = tl.constexpr(3)  # by channel too, where a tile may span more than two frames
 
 
 @triton.jit
 @no_type_check
 def cached_tile(
-    ptr, scales_ptr, token, keys, stride_key, stride_scale, frame_tokens, FIRST: tl.constexpr,
+    ptr, scales_ptr, start, keys, stride_key, stride_scale, frame_tokens, FIRST: tl.constexpr,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SCALING: tl.constexpr, MASKED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    BN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Channels FIRST .. FIRST + WIDTH of a tile of cached tokens, dequantised to DTYPE."""
+    token = start + tl.arange(0, BN)
     channel = FIRST + tl.arange(0, WIDTH)
     at = ptr + token[:, None] * stride_key + channel[None, :]
     exists = (token < keys)[:, None] & (channel < CHANNELS)[None, :]
@@ -37,6 +39,15 @@ def cached_tile(
         scales = tl.load(scales_ptr + token * stride_scale, mask=token < keys, other=0.0)
         tile = (tile.to(tl.float32) * scales.to(tl.float32)[:, None]).to(DTYPE)
     if SCALING == CHANNEL_SCALES:
+        early = start // frame_tokens
+        late = tl.minimum(start + BN - 1, keys - 1) // frame_tokens
+        real = channel < CHANNELS
+        one = tl.load(scales_ptr + early * stride_scale + channel, mask=real, other=0.0)
+        two = tl.load(scales_ptr + late * stride_scale + channel, mask=real, other=0.0)
+        first = (token < (early + 1) * frame_tokens)[:, None]
+        scales = tl.where(first, one.to(tl.float32)[None, :], two.to(tl.float32)[None, :])
+        tile = (tile.to(tl.float32) * scales).to(DTYPE)
+    if SCALING == SHORT_FRAME_SCALES:
         at = (token // frame_tokens)[:, None] * stride_scale + channel[None, :]
         scales = tl.load(scales_ptr + at, mask=exists, other=0.0)
         tile = (tile.to(tl.float32) * scales.to(tl.float32)).to(DTYPE)
@@ -71,8 +82,8 @@ def absorb_tile(
     """One step of the online softmax: keys start .. start + BN into (highest, total, acc)."""
     token = start + tl.arange(0, BN)
     k = cached_tile(
-        k_ptr, k_scales_ptr, token, keys, stride_kk, stride_ks, k_tokens, 0, W_ROPE, D_ROPE,
-        K_SCALING, MASKED, DTYPE,
+        k_ptr, k_scales_ptr, start, keys, stride_kk, stride_ks, k_tokens, 0, W_ROPE, D_ROPE,
+        K_SCALING, MASKED, BN, DTYPE,
     )  # fmt: skip
     if ROTATE:
         k = rotated(k, cis_ptr, token, keys, stride_cis, W_ROPE, D_ROPE)
@@ -80,8 +91,8 @@ def absorb_tile(
     c = ()
     for i in tl.static_range(len(PARTS)):
         part = cached_tile(
-            c_ptr, c_scales_ptr, token, keys, stride_ck, stride_cs, c_tokens, OFFSETS[i],
-            PARTS[i], D_C, C_SCALING, MASKED, DTYPE,
+            c_ptr, c_scales_ptr, start, keys, stride_ck, stride_cs, c_tokens, OFFSETS[i],
+            PARTS[i], D_C, C_SCALING, MASKED, BN, DTYPE,
         )  # fmt: skip
         score = tl.dot(q[i], tl.trans(part), score, input_precision="ieee")
         c = c + (part,)

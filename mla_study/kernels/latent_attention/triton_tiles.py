@@ -12,7 +12,7 @@ import torch
 
 from mla_study.errors import UserError
 
-SCALINGS = {"none": 0, "token": 1, "channel": 2}
+SCALINGS = {"none": 0, "token": 1, "channel": 2, "channel, short frames": 3}
 D_C = range(64, 513, 16)
 MOST_ROPE = 64
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
