@@ -29,7 +29,10 @@ _AMPERE = (
     (64, 16, 4, 2), (32, 32, 4, 2), (32, 16, 4, 2),
 )  # fmt: skip
 # a part as narrow as the rows would lay the warps along the rows: each then holds all channels
-_FEW_ROWS = (Tiles(16, 32, 4, 2, 64, 32), Tiles(16, 16, 4, 2, 64, 32))
+_FEW_ROWS = (
+    Tiles(16, 32, 4, 2, 64, 32), Tiles(16, 16, 4, 2, 64, 32), Tiles(16, 32, 8, 3, 128, 32),
+    Tiles(16, 16, 8, 2, 64, 32),
+)  # fmt: skip
 
 
 def candidates(arch: int, int8: bool) -> list[Tiles]:
@@ -42,7 +45,7 @@ def candidates(arch: int, int8: bool) -> list[Tiles]:
         wide = [Tiles(*numbers, widest=512 if int8 else 128) for numbers in given]
         return [*wide, Tiles(64, 32, 8, 2, 256), *_FEW_ROWS]
     wide = [Tiles(*numbers, widest=128) for numbers in given]
-    return [*wide, Tiles(64, 32, 8, 2, 512), Tiles(64, 32, 16, 2, 512), *_FEW_ROWS]
+    return [*wide, Tiles(64, 32, 8, 1, 128), Tiles(64, 16, 8, 2, 128), *_FEW_ROWS]
 
 
 def variants(arch: int, d_c: int, int8: bool, d_rope: int) -> list[Variant]:
