@@ -175,6 +175,7 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, tiles_file: Path) -> Non
             "hgmma, mma and tcgen05 count instructions of the code, which holds the step over "
             "whole key tiles and the masked one over the last",
             "spill_bytes is the stack frame of a thread",
+            "status is that of the tiles: picked where every compiled variant of a size passed",
         ],
         observed={},
     )
