@@ -172,4 +172,5 @@ def _scaled(rates: Calibration, share: float) -> Calibration:
         bandwidth=rates.bandwidth * share,
         reconstruct=form(rates.reconstruct),
         absorbed=form(rates.absorbed),
+        absorbed_triton=None if rates.absorbed_triton is None else form(rates.absorbed_triton),
     )
