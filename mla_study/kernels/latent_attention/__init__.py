@@ -17,6 +17,7 @@ from mla_study.kernels.latent_attention.reference import reference
 
 __all__ = [
     "FORMS",
+    "PORTABLE",
     "absorbed",
     "absorbed_triton",
     "attend_expanded",
@@ -29,4 +30,7 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "reference": reference,
     "reconstruct": reconstruct,
     "absorbed": absorbed,
+    "absorbed_triton": absorbed_triton,
 }
+PORTABLE = ("reference", "reconstruct", "absorbed")
+"""The forms that run on any device."""
