@@ -69,9 +69,7 @@ class Acceleration:
         return " + ".join(name for name, on in chosen if on) or "eager"
 
 
-def accelerate(
-    model: WanTransformer, how: Acceleration, capture: Capture | None = None
-) -> Predict:
+def accelerate(model: WanTransformer, how: Acceleration, capture: Capture | None = None) -> Predict:
     """The model's pass, accelerated; for one rollout, without gradients.
 
     Args:
@@ -225,9 +223,7 @@ class _Buffers:
         cls, x: Tensor, t: Tensor, conditioning: Conditioning, pieces: Sequence[Piece]
     ) -> _Buffers:
         """Of these shapes."""
-        keys = tuple(
-            tuple((k.clone(), v.clone()) for k, v in block) for block in conditioning.keys
-        )
+        keys = tuple(tuple((k.clone(), v.clone()) for k, v in block) for block in conditioning.keys)
         fixed = [
             replace(
                 piece,

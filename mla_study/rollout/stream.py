@@ -232,7 +232,9 @@ class Rollout:
     def _filled(self, x: Tensor, t: float) -> Tensor:
         return torch.full((x.shape[0],), t, dtype=torch.float32, device=self._device)
 
-    def _check(self, flow: Tensor, x: Tensor, t: float, pieces: Sequence[Piece], where: str) -> None:
+    def _check(
+        self, flow: Tensor, x: Tensor, t: float, pieces: Sequence[Piece], where: str
+    ) -> None:
         if bool(torch.isfinite(flow).all()):
             return
 

@@ -98,8 +98,8 @@ def roofline(factor: Factor, scale: Scale, tops: Ceilings) -> float:
 
     def seconds(variant: Variant) -> float:
         cost: ModelCost = variant.cost(scale)
-        form = variant.resolved(scale).removesuffix("_triton")
-        return cost.seconds(ideal, form)  # type: ignore[arg-type]
+        form: Any = variant.resolved(scale).removesuffix("_triton")
+        return cost.seconds(ideal, form)
 
     return seconds(factor.before) / seconds(factor.after)
 
@@ -143,14 +143,17 @@ def rows_of(
 
 
 def _at_full(factor: Factor, scale: Scale) -> float:
-    """The prediction at full size: the same form, d_c as there."""
+    """The prediction at full size, d_c as there; ``auto`` is the form of fewer FLOPs there."""
     there = full("cpu")
 
-    def moved(variant: Variant) -> Variant:
-        form: Any = variant.resolved(scale).removesuffix("_triton")
-        return replace(variant, d_c=None, form=form if variant.latent else "auto")
+    def flops(variant: Variant) -> float:
+        moved = replace(variant, d_c=None)
+        if variant.latent and variant.form == "auto":
+            each = [replace(moved, form=form) for form in ("reconstruct", "absorbed")]
+            return min(v.cost(there).flops for v in each)
+        return moved.cost(there).flops
 
-    return predicted(replace(factor, before=moved(factor.before), after=moved(factor.after)), there)
+    return flops(factor.before) / flops(factor.after)
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -21,7 +21,14 @@ from mla_study.config import WindowConfig
 from mla_study.errors import UserError
 from mla_study.evaluation.efficiency.model_cost import frame_tokens
 from mla_study.evaluation.efficiency.step_memory import LiveBytes
-from mla_study.evaluation.efficiency.variants import Running, Scale, Variant, Weights, places, refusal
+from mla_study.evaluation.efficiency.variants import (
+    Running,
+    Scale,
+    Variant,
+    Weights,
+    places,
+    refusal,
+)
 from mla_study.evaluation.timing import (
     Spread,
     Times,

@@ -1,6 +1,6 @@
 """Ways to run the model, as data: layout, form, window, cache storage, and what speeds a GPU up.
 
-A :class:`Variant` on a :class:`Scale` becomes a :class:`Running` rollout at its steady state. Weights
+A :class:`Variant` on a :class:`Scale` becomes a :class:`Running` rollout, its window full. Weights
 are random: speed and memory do not depend on them. Before a variant is timed,
 :func:`gap` runs it on a small model against attention under a mask in float64; a variant that is
 wrong gets no number.
@@ -279,9 +279,7 @@ class Running:
         """One denoising pass over the chunk in progress, on the next of a few latents."""
         self._latents.append(self._latents.pop(0))
         told = self.rollout.conditioning
-        return self.rollout.predict(
-            self._latents[0], self._times, told, self._pieces, self._memory
-        )
+        return self.rollout.predict(self._latents[0], self._times, told, self._pieces, self._memory)
 
     def chunk(self) -> None:
         """One chunk of the steady state."""

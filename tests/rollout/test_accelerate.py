@@ -1,0 +1,168 @@
+"""Accelerated passes against plain ones: graphs by a stand-in that replays operations."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rollout.rollouts import DENSE, LATENT, model_of, run, same
+from rollout.tape import capture
+from torch import Tensor, nn
+
+from mla_study.config import LatentConfig, ModelConfig
+from mla_study.errors import UserError
+from mla_study.rollout import accelerate as under_test
+from mla_study.rollout.accelerate import (
+    Acceleration,
+    Fp8Linear,
+    Graphs,
+    accelerate,
+    quantize_rows,
+    require_fp8,
+    to_fp8,
+)
+
+BOTH = pytest.mark.parametrize("config", [DENSE, LATENT], ids=["dense", "latent"])
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{}, {"storage": "int8-token"}, {"clean_pass": False}])
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+def test_a_recorded_pass_is_the_pass(
+    config: ModelConfig, options: dict[str, Any], positions: str
+) -> None:
+    model = model_of(config)
+    predict = accelerate(model, Acceleration(graph=True), capture)
+    made = run(model, predict, positions=positions, **options)
+    assert all(same(made, run(model, positions=positions, **options)))
+
+
+def test_a_graph_a_place() -> None:
+    model = model_of(LATENT)
+    calls = 0
+
+    def counting(call: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        nonlocal calls
+        calls += 1
+        return capture(call)
+
+    plain = accelerate(model, Acceleration())
+    graphs = Graphs(plain, counting)
+
+    def predict(*given: Any) -> Tensor:
+        return graphs(*given) if under_test.full(given[-1]) else plain(*given)
+
+    run(model, predict)
+    assert calls == graphs.recorded == 3
+    # another rollout's cache lies elsewhere
+    run(model, predict)
+    assert calls == 6 and graphs.recorded == 3
+
+
+@pytest.mark.parametrize("forgotten", ["x", "t", "conditioning", "pieces"])
+def test_the_stand_in_sees_what_is_not_copied(
+    forgotten: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("x", "t", "conditioning", "pieces")
+    fill = under_test._Buffers.fill
+
+    def forgetful(self: Any, *given: Any) -> None:
+        mine = [getattr(self, n) if n == forgotten else g for n, g in zip(names, given)]  # noqa: B905
+        fill(self, *mine)
+
+    model = model_of(DENSE)
+    wanted = run(model, positions="absolute")
+    monkeypatch.setattr(under_test._Buffers, "fill", forgetful)
+    made = run(model, accelerate(model, Acceleration(graph=True), capture), positions="absolute")
+    assert not all(same(made, wanted))
+
+
+@pytest.fixture(scope="module")
+def compilations() -> dict[str, float]:
+    """What compiling gave, in a process of its own: checks of types cannot be compiled."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, root / "tests/rollout/compiling.py"],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["eager dense", "eager latent", "aot_eager latent", "recorded"])
+def test_compiled_blocks_agree(name: str, compilations: dict[str, float]) -> None:
+    assert compilations[name] < 1e-4
+
+
+def test_layers_and_places_share_a_compilation(compilations: dict[str, float]) -> None:
+    assert 0 < compilations["frames of 2 layers"] == compilations["frames of 5 layers"] < 8
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fp8_is_the_product_of_the_rounded_factors(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=bias)
+    x = torch.randn(2, 5, 64) * torch.logspace(-3, 3, 5)[:, None]
+    made = Fp8Linear(linear)(x)
+    (a, sa), (b, sb) = quantize_rows(x.flatten(0, 1)), quantize_rows(linear.weight.detach())
+    wanted = ((a.double() * sa.double()) @ (b.double() * sb.double()).T).unflatten(0, (2, 5))
+    exact = x.double() @ linear.weight.detach().double().T
+    if bias:
+        wanted, exact = wanted + linear.bias.double(), exact + linear.bias.double()
+    assert made.dtype == x.dtype and made.shape == (2, 5, 48)
+    errors = [((made - truth).norm(dim=-1) / truth.norm(dim=-1)).max() for truth in (wanted, exact)]
+    assert errors[0] < 4e-3 and errors[1] < 6e-2
+
+
+def test_fp8_of_zeros_and_of_nothing_finite() -> None:
+    layer = Fp8Linear(nn.Linear(16, 16, bias=False))
+    assert not layer(torch.zeros(3, 16)).any()
+    assert not torch.isfinite(layer(torch.full((3, 16), torch.nan))).any()
+
+
+def test_fp8_takes_over_what_it_may() -> None:
+    config = replace(LATENT, latent=LatentConfig(16, 16, 10, 6, (1, 1, 1)))
+    model = model_of(config)
+    wanted = run(model)
+    done = to_fp8(model)
+    assert {name.partition(".")[2] for name in done} == {
+        "self_attn.o", "self_attn.q_down", "self_attn.kv_down", "cross_attn.q", "cross_attn.o",
+        "ffn.0", "ffn.2",
+    }  # fmt: skip
+    assert isinstance(model.blocks[0].self_attn.k_up, nn.Linear)  # type: ignore[union-attr]
+    made = run(model)
+    gap = float((made[0] - wanted[0]).norm() / wanted[0].norm())
+    assert 1e-4 < gap < 0.2
+
+
+def test_what_a_cpu_cannot_do_is_said() -> None:
+    model = model_of(DENSE)
+    with pytest.raises(UserError, match="graphs record the work of a GPU"):
+        accelerate(model, Acceleration(graph=True))
+    with pytest.raises(UserError, match="fp8 needs a GPU"):
+        accelerate(model, Acceleration(fp8=True))
+
+
+def test_an_older_gpu_has_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(UserError, match=r"A100 has 8\.0"):
+        require_fp8(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    require_fp8(torch.device("cuda"))
+
+
+def test_names() -> None:
+    assert Acceleration().text() == "eager" and not Acceleration().any
+    assert Acceleration(compile=True, fp8=True).text() == "compile + fp8"
