@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from mla_study.commands.bench import Bench
 from mla_study.commands.cache_error import CacheError
 from mla_study.commands.checkpoint import Checkpoint
 from mla_study.commands.generate import Generate
@@ -277,6 +278,7 @@ Command = (
     | Annotated[Figures, tyro.conf.subcommand("figures")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Config, tyro.conf.subcommand("config")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[BenchProbe, tyro.conf.subcommand("bench-probe")]
     | Annotated[BenchModel, tyro.conf.subcommand("bench-model")]
 )

@@ -108,9 +108,10 @@ def variant_of(config: ModelConfig, form: str | None = None) -> Variant:
     Raises:
         UserError: a form that does not fit the model.
     """
-    variant = form or ("dense" if config.latent is None else "reconstruct")
-    if variant not in get_args(Variant):
-        raise UserError(f"there is no form '{form}': give one of {', '.join(get_args(Variant))}")
+    known: dict[str, Variant] = {name: name for name in get_args(Variant)}
+    variant = known.get(form or ("dense" if config.latent is None else "reconstruct"))
+    if variant is None:
+        raise UserError(f"there is no form '{form}': give one of {', '.join(known)}")
     if (variant == "dense") != (config.latent is None):
         kind = "dense" if config.latent is None else "latent"
         raise UserError(f"{config.name} has {kind} self-attention, which does not run as {variant}")
