@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Step:
-    """Time one denoising pass of the whole model, its window full, for each layout, form and window.
+    """Time one denoising pass of the model, its window full, for each layout, form and window.
 
     Example: mla-study bench step --scale small --repeats 2 --no-write
     """

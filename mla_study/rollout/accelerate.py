@@ -322,7 +322,7 @@ class Fp8Linear(nn.Module):
         """Project."""
         data, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
         # row-wise scales ask for bf16 out on a GPU
-        out = torch._scaled_mm(  # pyright: ignore[reportPrivateUsage]
+        out = torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             data, cast(Tensor, self.weight).T, scale, cast(Tensor, self.scale),
             out_dtype=torch.bfloat16,
         )  # fmt: skip
