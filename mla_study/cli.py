@@ -21,6 +21,7 @@ from mla_study.commands.generate import Generate
 from mla_study.commands.latentize import Latentize
 from mla_study.commands.latents import Latents
 from mla_study.commands.mask import Mask
+from mla_study.commands.plan import Plan
 from mla_study.commands.text import Text
 from mla_study.commands.vae import Vae
 from mla_study.errors import EXIT_BAD_INPUT, UserError
@@ -275,6 +276,7 @@ Command = (
     | Annotated[Vae, tyro.conf.subcommand("vae")]
     | Annotated[Mask, tyro.conf.subcommand("mask")]
     | Annotated[CacheError, tyro.conf.subcommand("cache-error")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Figures, tyro.conf.subcommand("figures")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Config, tyro.conf.subcommand("config")]

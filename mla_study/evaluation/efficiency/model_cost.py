@@ -79,7 +79,10 @@ class ModelCost:
         return self.passes * (self.layers * block + sum(cost.bytes for cost in self.ends.values()))
 
     def seconds(self, calibration: Calibration, variant: Variant) -> float:
-        """Modelled seconds of all passes: a roofline a phase, one call's overhead a block."""
+        """Modelled seconds of all passes: a roofline a phase, one call's overhead a block.
+
+        Dense attention runs at the rate of reconstructed, which is the same kernel.
+        """
         form: Form = "absorbed" if variant == "absorbed" else "reconstruct"
         block = _joined(self.block)
         spent = self.layers * calibration.seconds(block, form)
