@@ -36,7 +36,7 @@ COLUMNS = (
     Column("window", "Window\nframes"),
     Column("where", "Measured on"),
     Column("fps", "FPS", ".2f"),
-    Column("latency_s", "81 frames\nin s", ".2f"),
+    Column("latency_s", "Latency\ns", ".2f"),
     Column("frames", "FPS x\nlatency", ".1f"),
     Column("first_s", "First\nchunk s", ".2f"),
     Column("share", "Of matmul\nceiling", ".0%"),
@@ -116,7 +116,7 @@ def assembled(paper: pd.DataFrame, small: Result, large: list[Result]) -> pd.Dat
     if not large:
         parts.append(
             pd.DataFrame({"model": ["Wan 1.3B, dense and latent"], "window": [""],
-                          "where": [NO_GPU], "source": ["measured"]})
+                          "where": [NO_GPU], "source": [""]})
         )  # fmt: skip
     parts.append(ours(small.table, "quarter of it", "CPU, one thread", every=False))
     found = pd.concat(parts, ignore_index=True).reindex(columns=[c.name for c in COLUMNS])
@@ -146,8 +146,8 @@ def draw(out_dir: str) -> Figure:
             notes=[
                 exchanged(paper),
                 "Our rows: DiT only, VAE and text encoder not counted; random weights; steady "
-                "state; a window of sink + history + chunk. An 81-frame clip starts with an empty "
-                "cache, so its first chunks are cheaper than FPS says. The quarter model is "
+                "state; a window of sink + history + chunk. Latency is that of 81 frames from an "
+                "empty cache, whose first chunks are cheaper than FPS says. The quarter model has "
                 f"{small.run['notes'][1].split(': ', 1)[1]}.",
             ],
             rule_before=rules_between(groups, "group"),

@@ -163,6 +163,10 @@ def _opaque() -> type[Any]:
 
 def compiled(model: WanTransformer, backend: str = "inductor") -> Predict:
     """The pass with compiled blocks; all blocks share one compilation, in parts about the cache."""
+    import torch._dynamo.config as limits
+
+    # several models of one process share the code of a block, and each needs an entry of its own
+    limits.recompile_limit = max(limits.recompile_limit, 64)
     for block in model.blocks:
         block.compile(backend=backend, dynamic=False)
     opaque = _opaque()
@@ -324,7 +328,7 @@ class Fp8Linear(nn.Module):
         # row-wise scales ask for bf16 out on a GPU
         out = torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             data, cast(Tensor, self.weight).T, scale, cast(Tensor, self.scale),
-            out_dtype=torch.bfloat16,
+            out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda,
         )  # fmt: skip
         out = out.to(x.dtype) if self.bias is None else out.to(x.dtype) + self.bias
         return out.unflatten(0, x.shape[:-1])

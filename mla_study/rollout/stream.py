@@ -170,7 +170,7 @@ class Rollout:
         shape = (batch, model.config.in_channels, window.chunk, *size)
         self.noise: Noise = noise or SeededNoise(self.config.seed, shape)
         self._times = warped_steps(steps, model.config.flow.shift).tolist()
-        self._memory = self.cache.layers()
+        self.memory = self.cache.layers()
         self.recent: dict[int, Tensor] = {}
         self.next_chunk = 0
         self.conditioning = self.told_at(0)
@@ -227,7 +227,7 @@ class Rollout:
     def _pass(
         self, x: Tensor, t: float, pieces: Sequence[Piece]
     ) -> Float[Tensor, "B C f height width"]:
-        return self.predict(x, self._filled(x, t), self.conditioning, pieces, self._memory)
+        return self.predict(x, self._filled(x, t), self.conditioning, pieces, self.memory)
 
     def _filled(self, x: Tensor, t: float) -> Tensor:
         return torch.full((x.shape[0],), t, dtype=torch.float32, device=self._device)
@@ -239,7 +239,7 @@ class Rollout:
             return
 
         def call() -> Tensor:
-            times, memory = self._filled(x, t), self._memory
+            times, memory = self._filled(x, t), self.memory
             return self.model(x, times, self.conditioning, pieces=pieces, memory=memory)
 
         raise UserError(f"{where} (t = {t:.6g}): {first_fault(self.model, call)}")

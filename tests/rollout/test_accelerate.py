@@ -166,3 +166,12 @@ def test_an_older_gpu_has_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names() -> None:
     assert Acceleration().text() == "eager" and not Acceleration().any
     assert Acceleration(compile=True, fp8=True).text() == "compile + fp8"
+
+
+@pytest.mark.parametrize(("flag", "told"), [("graph", "--graph"), ("fp8", "--fp8")])
+def test_generate_says_what_a_cpu_cannot_do(flag: str, told: str, tmp_path: Path) -> None:
+    from mla_study.commands.generate import Generate
+
+    options: dict[str, Any] = {flag: True}
+    with pytest.raises(UserError, match=f"leave out {told}"):
+        Generate(("a red disc",), tmp_path / "a.mp4", random_weights=True, **options).run()

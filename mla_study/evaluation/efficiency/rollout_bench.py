@@ -134,7 +134,8 @@ class Field:
         calls = {n: r.step if kind == "step" else r.chunk for n, r in self.running.items()}
         on_gpu = self.scale.where.type == "cuda"
         # every place of the ring once: its graph is recorded then
-        ahead = max((places(r.variant.window) for r in self.running.values()), default=1)
+        recorded = [r.variant for r in self.running.values() if r.variant.how.graph]
+        ahead = max((places(variant.window) for variant in recorded), default=1)
         warm_up = 1 if not on_gpu else 3 if kind == "step" else ahead + 2
         return interleaved(calls, repeats, warm_up, clock_of(self.scale.where), on_turn)
 
@@ -304,11 +305,14 @@ def measure(
     memory = {
         name: transient(running)
         for name, running in made.running.items()
-        if all(name not in taken.errors for taken in times.values())
+        # what a graph needs at its peak is its own pool, which no pass allocates again
+        if not running.variant.how.graph
+        and all(name not in taken.errors for taken in times.values())
     }
     clips: tuple[Mapping[str, Spread], Mapping[str, Spread]] = ({}, {})
     if clip_repeats:
-        names = [n for n in (made.running if clip_names is None else clip_names) if n in memory]
+        wrong = {name for taken in times.values() for name in taken.errors}
+        names = [n for n in clip_names or made.running if n in made.running and n not in wrong]
         say(f"clips: {len(names)} variants, {clip_repeats} turns")
         clips = made.clips(names, clip_repeats)
     return table(variants, made, times, tops, clips, memory), times, tops

@@ -80,7 +80,7 @@ def quarter() -> Scale:
         wan_1_3b(), name="quarter", layers=2, width=384, heads=3, ffn_width=2240, text_len=128,
         latent_size=(30, 52),
     )  # fmt: skip
-    note = "2 layers, width, heads, d_c, d_q, text and tokens a frame a quarter of 1.3B's"
+    note = "2 layers; width, heads, d_c, d_q, text and tokens a frame a quarter of 1.3B's"
     return Scale("quarter", config, LatentConfig(d_c=48, d_q=192), "fp32", "cpu", note)
 
 
@@ -227,6 +227,8 @@ class Running:
         config = variant.config(scale)
         model = weights.twin(config)
         self.form = variant.resolved(scale)
+        if variant.latent and self.form not in FORMS:
+            raise UserError(f"form {self.form} is not at hand: there are {', '.join(FORMS)}")
         for block in cast("list[Block]", list(model.blocks)):
             if isinstance(block.self_attn, LatentSelfAttention):
                 block.self_attn.form = self.form
@@ -246,8 +248,9 @@ class Running:
             noise=NoisePool.of(shape, device),
             predict=accelerate(model, variant.how, capture),
         )
-        self._memory = self.rollout.cache.layers()
-        self._latents = [draw.to(dtype) for draw in cast(NoisePool, self.rollout.noise).draws]
+        # what a chunk's passes get, so that graphs of steps and of chunks are the same
+        self._memory = self.rollout.memory
+        self._latents = list(cast(NoisePool, self.rollout.noise).draws)
         self._times = torch.full((variant.batch,), STEP_TIME, device=device)
         self.prime()
 
