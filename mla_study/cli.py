@@ -17,6 +17,7 @@ import tyro
 from mla_study.commands.bench import Bench
 from mla_study.commands.cache_error import CacheError
 from mla_study.commands.checkpoint import Checkpoint
+from mla_study.commands.dispatch import Calibrate, Dispatch
 from mla_study.commands.generate import Generate
 from mla_study.commands.latentize import Latentize
 from mla_study.commands.latents import Latents
@@ -277,6 +278,8 @@ Command = (
     | Annotated[Mask, tyro.conf.subcommand("mask")]
     | Annotated[CacheError, tyro.conf.subcommand("cache-error")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Dispatch, tyro.conf.subcommand("dispatch")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Figures, tyro.conf.subcommand("figures")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Config, tyro.conf.subcommand("config")]

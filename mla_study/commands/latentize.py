@@ -19,6 +19,11 @@ from mla_study.errors import UserError
 class Latentize:
     """Convert dense self-attention to latent attention, and measure each decision, layer by layer.
 
+    The gains of QK-norm fold into W_q and W_k, its 1 / rms becomes a constant. The fastest rotary
+    pairs stay, with one key for all heads; other channels lose their rotation and their key bias.
+    The bias of v folds into o; biases of q and of the rotary key stay. An RMSNorm follows each
+    latent. The table shows what each of these costs; at d_c = d_q = width rank cuts cost nothing.
+
     The model runs once over noised latents (or noise), block by block; a few GB of memory do for
     14B. DST gets the checkpoint and conversion/ (tables, run.json). The same command goes on after
     an interruption. With --sweep all inits are measured at each d_c; no weights are written.

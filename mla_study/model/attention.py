@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from mla_study.config import LatentConfig, ModelConfig
 from mla_study.kernels.latent_attention import FORMS, attend_expanded, expanded
+from mla_study.kernels.latent_attention.calibrations import find
+from mla_study.kernels.latent_attention.dispatch import choose
 from mla_study.model.layers import RMSNorm
 from mla_study.model.rope import Rotation
+from mla_study.model.storage import NAMES
 
 Entry = tuple[Tensor, Tensor]
 Query = tuple[Tensor, ...]
@@ -42,6 +45,21 @@ class LayerStep(Protocol):
 
     def extend(self, entry: Entry) -> Entry:
         """Record the entries of this pass; those of past and present, in slot order."""
+        ...
+
+
+@runtime_checkable
+class RingStep(LayerStep, Protocol):
+    """A pass over a ring that is written in place: what it holds of the past stays as it is."""
+
+    @property
+    def turn(self) -> int:
+        """Equal as long as the past is the same; no two caches share one."""
+        ...
+
+    @property
+    def fresh(self) -> tuple[slice, ...]:
+        """Tokens of the chunk among those that :meth:`extend` returns."""
         ...
 
 
@@ -135,17 +153,25 @@ class DenseSelfAttention(SelfAttention):
 class LatentSelfAttention(SelfAttention):
     """VideoMLA's: one shared latent and one shared rotary key a token (see ``method``).
 
-    ``form`` names one of :data:`~mla_study.kernels.latent_attention.FORMS`. With ``bias`` the query
-    projections and the rotary key carry biases, which a conversion from Wan needs (a bias of k_nope
-    would cancel in the softmax, and that of v moves into ``o``).
+    With ``bias`` the query projections and the rotary key carry biases, which a conversion from Wan
+    needs (a bias of k_nope would cancel in the softmax, and that of v moves into ``o``).
+
+    Attributes:
+        form: one of :data:`~mla_study.kernels.latent_attention.FORMS`, or ``auto``, which takes
+            the form that :mod:`~mla_study.kernels.latent_attention.dispatch` finds fastest.
+        head_group: heads that ``reconstruct`` expands at a time.
+        keep_expanded: hold the expanded keys and values over the passes of a chunk, which is the
+            memory of a dense cache again; only where a ring is read without gradients.
     """
 
     def __init__(self, config: ModelConfig, latent: LatentConfig, bias: bool = True) -> None:
         super().__init__()
         d, h = config.width, config.heads
         self.heads, self.d_nope, self.d_rope = h, latent.d_nope, latent.d_rope
-        self.form = "reconstruct"
+        self.form = "auto"
         self.head_group: int | None = None
+        self.keep_expanded = False
+        self._held: tuple[int, Tensor, Tensor] | None = None
         self.kv_down = nn.Linear(d, latent.d_c, bias=False)
         self.kv_norm = RMSNorm(latent.d_c, config.eps)
         self.k_rope = nn.Linear(d, latent.d_rope, bias=bias)
@@ -167,13 +193,42 @@ class LatentSelfAttention(SelfAttention):
         """c_kv [B, L, d_c] and the unrotated k_r [B, L, d_rope]."""
         return self.kv_norm(self.kv_down(x)), self.k_rope(x)
 
+    def forward(
+        self,
+        x: Float[Tensor, "B L d"],
+        pieces: Sequence[Piece],
+        memory: LayerStep | None = None,
+    ) -> Float[Tensor, "B L d"]:
+        """As the base does; with ``keep_expanded`` the past is expanded once a chunk."""
+        held = self.keep_expanded and len(pieces) == 1 and not torch.is_grad_enabled()
+        if held and isinstance(memory, RingStep):
+            query, entry = self.query(x), memory.extend(self.entry(x))
+            return self.o(self._attend_held(query, entry, pieces[0], memory))
+        self._held = None
+        return super().forward(x, pieces, memory)
+
     def mix(self, query: Query, entry: Entry, turn_q: Rotation, turn_k: Rotation) -> Tensor:
         """Latent attention in the chosen form."""
         nope, rope = query[0], turn_q.apply(query[1])
         c = entry[0].to(nope.dtype)
-        k_rope = turn_k.apply(entry[1][:, :, None, :])[:, :, 0].to(nope.dtype)
-        options = {"head_group": self.head_group} if self.form == "reconstruct" else {}
-        return FORMS[self.form](nope, rope, c, k_rope, *self._ups(), **options).flatten(2)
+        k_rope = self._rotated(entry[1], turn_k).to(nope.dtype)
+        form = self.form_for(nope, c.shape[1])
+        options = {"head_group": self.head_group} if form == "reconstruct" else {}
+        return FORMS[form](nope, rope, c, k_rope, *self._ups(), **options).flatten(2)
+
+    def form_for(self, queries: Float[Tensor, "B M H dn"], keys: int) -> str:
+        """The form that runs for these queries and so many keys."""
+        if self.form != "auto":
+            return self.form
+        dtype, device = NAMES[queries.dtype], str(queries.device)
+        return choose(
+            queries.shape[1], keys, queries.shape[0], self.heads, self.kv_down.out_features,
+            self.d_rope, device, dtype, d_head=self.d_nope + self.d_rope,
+            calibration=find(dtype, device, torch.get_num_threads()),
+        )  # fmt: skip
+
+    def _rotated(self, k_rope: Tensor, turn: Rotation) -> Tensor:
+        return turn.apply(k_rope[:, :, None, :])[:, :, 0]
 
     def _ups(self) -> tuple[Tensor, Tensor]:
         k_up = self.k_up.weight.unflatten(0, (self.heads, self.d_nope))
@@ -181,22 +236,33 @@ class LatentSelfAttention(SelfAttention):
 
     def attend(self, query: Query, entry: Entry, pieces: Sequence[Piece]) -> Tensor:
         """As the base does; chunks share most of their keys, so each is reconstructed once."""
-        if self.form != "reconstruct" or self.head_group is not None or len(pieces) == 1:
+        together = len(pieces) > 1 and self.head_group is None
+        if not together or self.form_for(query[0], entry[0].shape[1]) != "reconstruct":
             return super().attend(query, entry, pieces)
         keys, values = expanded(entry[0].to(query[0].dtype), *self._ups())
         outs: list[Tensor] = []
         for piece in pieces:
-            nope, rope = (_take(part, piece.queries) for part in query)
-            k_rope = piece.key_rotation.apply(_take(entry[1], piece.keys)[:, :, None, :])[:, :, 0]
-            out = attend_expanded(
-                nope,
-                piece.query_rotation.apply(rope),
-                _take(keys, piece.keys),
-                k_rope.to(nope.dtype),
-                _take(values, piece.keys),
-            )
-            outs.append(out.flatten(2))
+            mine = tuple(_take(part, piece.queries) for part in query)
+            seen = (_take(keys, piece.keys), _take(values, piece.keys))
+            outs.append(self._mix_expanded(mine, seen, _take(entry[1], piece.keys), piece))
         return torch.cat(outs, dim=1)
+
+    def _mix_expanded(self, query: Query, made: Entry, k_rope: Tensor, piece: Piece) -> Tensor:
+        rope = piece.query_rotation.apply(query[1])
+        turned = self._rotated(k_rope, piece.key_rotation).to(query[0].dtype)
+        return attend_expanded(query[0], rope, made[0], turned, made[1]).flatten(2)
+
+    def _attend_held(self, query: Query, entry: Entry, piece: Piece, ring: RingStep) -> Tensor:
+        c = entry[0].to(query[0].dtype)
+        if self._held is None or self._held[0] != ring.turn:
+            self._held = (ring.turn, *expanded(c, *self._ups()))
+        else:
+            for tokens in ring.fresh:
+                for held, made in zip(
+                    self._held[1:], expanded(c[:, tokens], *self._ups()), strict=True
+                ):
+                    held[:, tokens] = made
+        return self._mix_expanded(query, self._held[1:], entry[1], piece)
 
 
 class CrossAttention(nn.Module):

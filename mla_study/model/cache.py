@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 from typing import get_args
 
@@ -24,6 +25,8 @@ from mla_study.errors import UserError
 from mla_study.kernels.masks import window_frames
 from mla_study.model.attention import Entry, LayerStep
 from mla_study.model.storage import DTYPES, SCHEMES, Slots, Storage, rounded
+
+_TURNS = count()
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class RollingCache:
         ]
         self._graph: list[dict[int, Entry]] = [{} for _ in self._layers]
         self._runs: list[tuple[slice, slice]] = []
+        self._turn = next(_TURNS)
 
     @property
     def nbytes(self) -> int:
@@ -120,6 +124,7 @@ class RollingCache:
         """Forget every frame; the memory stays."""
         self.frames.clear()
         self.chunk = ()
+        self._turn = next(_TURNS)
         self.detach()
 
     def detach(self) -> None:
@@ -156,6 +161,8 @@ class RollingCache:
         wanted = {*self.visible_before(start), *new}
         if wanted != set(self.frames):
             self._make_room(wanted, new)
+        if self.chunk != tuple(new):
+            self._turn = next(_TURNS)
         self.chunk = tuple(new)
         self._runs = _runs([self.frames.index(frame) for frame in new])
         return list(self.frames)
@@ -275,6 +282,17 @@ class LayerView:
     def runs(self) -> list[tuple[slice, slice]]:
         """Where the chunk lies."""
         return self.cache._runs  # pyright: ignore[reportPrivateUsage]
+
+    @property
+    def turn(self) -> int:
+        """Equal as long as the past is the same; no two caches share one."""
+        return self.cache._turn  # pyright: ignore[reportPrivateUsage]
+
+    @property
+    def fresh(self) -> tuple[slice, ...]:
+        """Tokens of the chunk among those that :meth:`extend` returns."""
+        each = self.cache.tokens
+        return tuple(slice(w.start * each, w.stop * each) for w, _ in self.runs)
 
     @property
     def graph(self) -> dict[int, Entry]:

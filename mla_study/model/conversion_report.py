@@ -206,7 +206,8 @@ def latent_module(
 
 def ranks(dense: DenseAttention, stored: Mapping[str, Tensor]) -> dict[str, float]:
     """r_.99 of [W_K; W_V] (raw gauge) and of the composed operator that takes its place."""
-    sigma, _ = singular_values([dense.k.weight, dense.v.weight])
+    # Energies do not see the tail that a Gram blurs.
+    sigma, _ = singular_values([dense.k.weight, dense.v.weight], tail_ratio=0.0)
     gain = stored["kv_norm.weight"].double()
     up = torch.cat([stored["k_up.weight"], stored["v_up.weight"]]).double() * gain
     after = factored_singular_values(up.numpy(), stored["kv_down.weight"].double().numpy())

@@ -117,7 +117,10 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 def plot_sweep(
     rows: Sequence[Mapping[str, Any]], run: Mapping[str, Any], stem: Path
 ) -> dict[str, Path]:
-    """Errors against d_c, a curve an init: median over layers; bands: quartiles."""
+    """Errors against d_c, a curve an init: median over layers; bands: quartiles.
+
+    The dashed line is what all decisions but the rank cuts and the latents' norm leave.
+    """
     table = pd.DataFrame(rows)
     final = table[table["decision"] == "latent_norm"]
     floor = table[table["decision"] == "shared_key"]
@@ -125,7 +128,7 @@ def plot_sweep(
     with style():
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(1, 2, figsize=(PAGE_WIDTH * 0.75, 2.4))
+        figure, axes = plt.subplots(1, 2, figsize=(PAGE_WIDTH * 0.85, 2.4))
         for axis, (column, title) in zip(
             axes, (("logit_error", "q·k logits"), ("output_error", "attention output")), strict=True
         ):
@@ -138,13 +141,19 @@ def plot_sweep(
                 axis.plot(mid.index, mid, marker=_MARKERS[name], color=colour, label=name)
                 axis.fill_between(mid.index, low, high, color=colour, alpha=0.15, lw=0)
             left = floor[floor["init"] != "random"][column].median()
-            axis.axhline(left, color="0.4", lw=0.8, ls="--", label="no cut")
+            axis.axhline(left, color="0.4", lw=0.8, ls="--", label="no cut", clip_on=False)
             axis.set_xscale("log", base=2)
             axis.set_xticks(sizes, [str(size) for size in sizes])
             axis.minorticks_off()
-            axis.set(xlabel="$d_c$", ylabel="relative error", ylim=(0, None))
+            axis.set(xlabel="latent size $d_c$ (channels)", ylim=(0, None))
             axis.set_title(title)
-        axes[0].legend()
+        axes[0].set_ylabel("|difference| / |dense|")
+        layers = final["layer"].nunique()
+        figure.legend(
+            *axes[0].get_legend_handles_labels(),
+            loc="outside right upper",
+            title=f"median of {layers} layers,\nbands: quartiles" if layers > 1 else "one layer",
+        )
         stamp(figure, run["provenance"], run["validity"], run["run_hash"])
         paths = save_figure(figure, stem, ("png", "pdf"))
         plt.close(figure)

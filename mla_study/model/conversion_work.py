@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mla_study.checkpoints.wan.native import NAMES, as_bytes
 from mla_study.checkpoints.wan.writer import Item
+from mla_study.errors import UserError
 from mla_study.study.runs import atomic_write
 
 WORK = ".latentize"
@@ -31,19 +32,40 @@ class Work:
         self.folder, self.identity = folder, identity
 
     def __enter__(self) -> Work:
-        """Make the folder; what another job left there goes."""
-        mark = self.folder / "job.json"
-        if self.folder.is_dir() and (
-            not mark.is_file() or mark.read_text(encoding="utf-8") != self.identity
-        ):
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not mark.is_file():
-            atomic_write(mark, self.identity.encode())
+        """Make the folder; one without a finished layer is taken over from another job.
+
+        Raises:
+            UserError: it cannot be made, or holds another job's layers.
+        """
+        if not self.mine() and (held := len(self._finished())):
+            raise UserError(
+                f"{self.folder.parent} holds {held} layers of an unfinished conversion with other "
+                f"options, inputs or code: give its command to go on, remove {self.folder.name} "
+                "there, or choose another folder"
+            )
+        try:
+            if not self.mine():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder.parent} cannot be written ({error.strerror or error}): choose "
+                "another folder"
+            ) from None
+        if not self.mine():
+            atomic_write(self.folder / "job.json", self.identity.encode())
         return self
 
+    def mine(self) -> bool:
+        """Whether the folder is there and belongs to this job."""
+        mark = self.folder / "job.json"
+        return mark.is_file() and mark.read_text(encoding="utf-8") == self.identity
+
+    def _finished(self) -> list[Path]:
+        return list(self.folder.glob("layer-*.json"))
+
     def __exit__(self, *_: object) -> None:
-        if self.folder.is_dir() and not any(self.folder.glob("layer-*.json")):
+        if self.folder.is_dir() and not self._finished():
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # something else lies there
                 self.folder.parent.rmdir()

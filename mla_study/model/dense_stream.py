@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mla_study.config import ModelConfig
+from mla_study.model.attention import Entry
 from mla_study.model.conversion_inputs import Inputs
 from mla_study.model.transformer import Block, Conditioning, WanTransformer, meta_model
 
@@ -43,8 +44,10 @@ class _Streamed(nn.Module):
         seen: list[Tensor] = []
         block.self_attn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         out = torch.empty_like(x)
+        keys: list[Entry] = []
         for i in range(len(x)):
-            keys = block.cross_attn.keys(owner.text[i : i + 1])
+            if i < len(owner.text):  # one text may serve all
+                keys = block.cross_attn.keys(owner.text[i : i + 1])
             out[i : i + 1] = block(x[i : i + 1], time[i : i + 1], pieces, keys)
         attention = {
             name.removeprefix("self_attn."): value
@@ -81,6 +84,8 @@ class DenseStream:
         model = self._shell()
         with torch.no_grad():
             context = inputs.context
+            if (context == context[:1]).all():
+                context = context[:1]
             self.text = model.text_embedding(
                 nn.functional.pad(context, (0, 0, 0, self.config.text_len - context.shape[1]))
             )

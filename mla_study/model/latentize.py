@@ -27,7 +27,7 @@ from mla_study.checkpoints.wan.convert import source_item, weights_sha256
 from mla_study.checkpoints.wan.load import WanSource, expected_shapes
 from mla_study.checkpoints.wan.native import DTYPES, as_bytes, filled, require_finite
 from mla_study.checkpoints.wan.save import write_layout
-from mla_study.checkpoints.wan.stage import occupied
+from mla_study.checkpoints.wan.stage import drop_stages, occupied
 from mla_study.checkpoints.wan.writer import Item
 from mla_study.config import LatentConfig, ModelConfig, to_dict
 from mla_study.errors import UserError
@@ -45,6 +45,7 @@ from mla_study.model.latent_init import (
     RopeKey,
     rotary_channels,
 )
+from mla_study.study.runs import RUN_FILE
 
 REPORT = "conversion"
 MODULES = ("mla_study.model.latentize", "mla_study.model.conversion_report")
@@ -102,14 +103,14 @@ def latentize(
 
     Args:
         src: as for :func:`~mla_study.checkpoints.wan.load_model`.
-        dst: folder; made if absent. It must not hold weights.
+        dst: folder; made if absent. It must not hold weights, nor another conversion's results.
         options: sizes and init.
         config, weights: as for ``load_model``.
         covariance: second moments of each layer's attention inputs (see
             :mod:`mla_study.probes.activations`), in place of those collected on the way.
         latents: file for :func:`~mla_study.model.conversion_inputs.file_inputs`; None: noise.
         progress: (finished layers, all layers).
-        say: gets remarks at once, before the work.
+        say: gets remarks at once: those of the result before the work, and that the end is near.
 
     Raises:
         UserError: bad input, or a target that cannot be written.
@@ -128,10 +129,16 @@ def latentize(
         notes = [*source.notes, *described.notes, inputs.note, *job.notes]
         for note in notes if say is not None else ():
             say(note)  # type: ignore[misc]
-        if there := occupied(target):
+        work = Work(target / WORK, job.identity(inputs))
+        there = occupied(target)
+        if (target / REPORT / RUN_FILE).exists() and not work.mine():
+            there.append(REPORT)
+        if there:
             raise UserError(f"{target} holds {', '.join(there[:3])} already: choose another folder")
-        with Work(target / WORK, job.identity(inputs)) as work:
+        with work:
             job.run(inputs, work, progress)
+            if say is not None and not options.sweep:
+                say("all layers are converted: the checkpoint is being hashed and written")
             rows, found = work.tables(job.dense.layers)
             run = write_report(
                 target / REPORT,
@@ -200,6 +207,8 @@ class _Job:
         start, hidden = work.resume(total)
         if progress is not None:
             progress(start, total)
+        if start == 0:
+            self._require_finite()
 
         def on_block(index: int, tensors: dict[str, Tensor], tokens: Tensor, out: Tensor) -> None:
             dense = DenseAttention.of(
@@ -219,6 +228,12 @@ class _Job:
 
         if start < total:
             DenseStream(self.dense, self._read, on_block).run(inputs, start, hidden)
+
+    def _require_finite(self) -> None:
+        """Read all weights once: a damaged one is told now, and not after hours."""
+        for name in expected_shapes(self.dense):
+            for _ in source_item(self.source, name, self.cast).pieces():
+                pass
 
     def _read(self, name: str) -> Tensor:
         """A parameter as float32, read and not mapped: mapped pages would count as memory."""
@@ -318,6 +333,7 @@ class _Job:
             "rope_key": self.options.rope_key,
             "seed": self.options.seed,
         }
+        drop_stages(target)
         write_layout(items, self.config, target, "latent", metadata=metadata, window=window_told)
 
 

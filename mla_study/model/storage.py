@@ -20,12 +20,13 @@ from mla_study.model.quantize import (
 )
 
 Storage = Literal["bf16", "fp16", "fp32", "fp64", "int8-channel", "int8-token"]
-DTYPES: dict[str, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
+NAMES: dict[torch.dtype, Storage] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
 }
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
 SCHEMES: dict[str, Scheme] = {"int8-channel": "channel", "int8-token": "token"}
 
 

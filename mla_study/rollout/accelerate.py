@@ -6,7 +6,7 @@ chunk takes then cycle through a few places (three at sink 1, history 6, chunk 3
 has a graph of its own: everything else that varies (latents, timesteps, rotations, prompt) is
 copied into fixed buffers before a replay.
 
-Shapes: B batch, C channels, f frames of a chunk, M tokens, N outputs, K inputs.
+Shapes: B batch, C channels, f frames of a chunk, height x width of the latent.
 
 Example::
 
@@ -22,13 +22,14 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mla_study.errors import UserError
-from mla_study.model.attention import Entry, LayerMemory, Piece
+from mla_study.model.attention import Entry, LatentSelfAttention, LayerMemory, Piece
 from mla_study.model.cache import LayerView
+from mla_study.model.fp8 import require_fp8, to_fp8
 from mla_study.model.rope import Rotation
-from mla_study.model.transformer import Conditioning, WanTransformer
+from mla_study.model.transformer import Block, Conditioning, WanTransformer
 
 Predict = Callable[
     [Tensor, Tensor, Conditioning, Sequence[Piece], Sequence[LayerMemory]],
@@ -38,15 +39,6 @@ Predict = Callable[
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """Records the work of a call: gives what replays it, and the tensor that a replay fills."""
-
-FP8 = torch.float8_e4m3fn
-FP8_LAYERS = (
-    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "self_attn.q_down",
-    "self_attn.kv_down", "self_attn.q_up", "self_attn.q_rope", "cross_attn.q", "cross_attn.o",
-    "ffn.0", "ffn.2",
-)  # fmt: skip
-"""Projections that fp8 takes over. k_up and v_up are read by the attention kernels as matrices, the
-shared rotary key stays exact, and the text's keys are made once a prompt."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +88,11 @@ def accelerate(model: WanTransformer, how: Acceleration, capture: Capture | None
     ) -> Tensor:
         return model(x, t, conditioning, pieces=pieces, memory=memory)
 
+    if (how.graph or how.compile) and any(a.keep_expanded for a in latent_attentions(model)):
+        raise UserError(
+            "a recorded or compiled pass cannot hold expanded keys from pass to pass: turn "
+            "keep_expanded off, or leave out --graph and --compile"
+        )
     steady: Predict = compiled(model, how.backend) if how.compile else eager
     if how.graph:
         steady = Graphs(steady, capture or CudaCapture())
@@ -118,6 +115,12 @@ def accelerate(model: WanTransformer, how: Acceleration, capture: Capture | None
             return eager(x, t, conditioning, pieces, memory)
 
     return predict
+
+
+def latent_attentions(model: WanTransformer) -> list[LatentSelfAttention]:
+    """The self-attentions of a latent model; none of a dense one."""
+    blocks = cast("list[Block]", list(model.blocks))
+    return [b.self_attn for b in blocks if isinstance(b.self_attn, LatentSelfAttention)]
 
 
 def _views(memory: Sequence[LayerMemory]) -> list[LayerView]:
@@ -162,7 +165,10 @@ def _opaque() -> type[Any]:
 
 
 def compiled(model: WanTransformer, backend: str = "inductor") -> Predict:
-    """The pass with compiled blocks; all blocks share one compilation, in parts about the cache."""
+    """The pass with compiled blocks; all blocks share one compilation, in parts about the cache.
+
+    The form of latent attention is chosen at the first pass, for the choice reads files.
+    """
     import torch._dynamo.config as limits
 
     # several models of one process share the code of a block, and each needs an entry of its own
@@ -180,11 +186,21 @@ def compiled(model: WanTransformer, backend: str = "inductor") -> Predict:
         memory: Sequence[LayerMemory],
     ) -> Tensor:
         if id(memory) not in held:
+            _settle(model, x.shape[0], pieces)
             held.clear()
             held[id(memory)] = memory, [opaque(view) for view in memory]
         return model(x, t, conditioning, pieces=pieces, memory=held[id(memory)][1])
 
     return predict
+
+
+def _settle(model: WanTransformer, batch: int, pieces: Sequence[Piece]) -> None:
+    queries, keys = (
+        turn.cis.shape[0] for turn in (pieces[0].query_rotation, pieces[0].key_rotation)
+    )
+    for attention in latent_attentions(model):
+        shape = (batch, queries, attention.heads, attention.d_nope)
+        attention.form = attention.form_for(attention.o.weight.new_empty(1).expand(shape), keys)
 
 
 # graphs
@@ -303,69 +319,3 @@ class Graphs:
         replay, out = self._places[place]
         replay()
         return out.clone()
-
-
-# fp8
-
-
-class Fp8Linear(nn.Module):
-    """x W^T + b in e4m3, a scale a token and a scale an output, summed in float32.
-
-    Weights are rounded once, activations at each call by their largest magnitude.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach()
-        data, scale = quantize_rows(weight)
-        self.register_buffer("weight", data)
-        self.register_buffer("scale", scale.T.contiguous())
-        self.bias = linear.bias
-
-    def forward(self, x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
-        """Project."""
-        data, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
-        # row-wise scales ask for bf16 out on a GPU
-        out = torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-            data, cast(Tensor, self.weight).T, scale, cast(Tensor, self.scale),
-            out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda,
-        )  # fmt: skip
-        out = out.to(x.dtype) if self.bias is None else out.to(x.dtype) + self.bias
-        return out.unflatten(0, x.shape[:-1])
-
-
-def quantize_rows(x: Float[Tensor, "M K"]) -> tuple[Tensor, Float[Tensor, "M one"]]:
-    """Rows in e4m3, and the float32 scale [M, 1] that takes each back."""
-    top = torch.finfo(FP8).max
-    scale = (x.abs().amax(1, keepdim=True).float() / top).clamp_min(1e-12)
-    return (x.float() / scale).clamp(-top, top).to(FP8), scale
-
-
-def to_fp8(model: WanTransformer) -> list[str]:
-    """Replace the projections of :data:`FP8_LAYERS` in every block, in place; their names.
-
-    A projection whose sizes are no multiples of 16 stays, for the matrix units ask for those.
-    """
-    done: list[str] = []
-    for name, module in list(model.blocks.named_modules()):
-        if not isinstance(module, nn.Linear) or name.partition(".")[2] not in FP8_LAYERS:
-            continue
-        if module.in_features % 16 or module.out_features % 16:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.blocks.get_submodule(owner), leaf, Fp8Linear(module))
-        done.append(name)
-    return done
-
-
-def require_fp8(device: torch.device) -> None:
-    """UserError where the device has no fp8 matrix units."""
-    if device.type != "cuda":
-        raise UserError("fp8 needs a GPU with fp8 matrix units (compute capability 8.9 or later), "
-                        f"and this model is on {device.type}: leave out --fp8")  # fmt: skip
-    found = torch.cuda.get_device_capability(device)
-    if found < (8, 9):
-        raise UserError(
-            f"fp8 needs compute capability 8.9 or later, and {torch.cuda.get_device_name(device)} "
-            f"has {found[0]}.{found[1]}: leave out --fp8"
-        )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mla_study.config import ModelConfig, WindowConfig, preset
 from mla_study.errors import UserError
-from mla_study.model.cache import DTYPES
+from mla_study.model.storage import DTYPES
 from mla_study.model.transformer import WanTransformer
 from mla_study.rollout.prompts import UMT5_WIDTH, Encoder, stand_in
 from mla_study.rollout.stream import random_model

@@ -26,7 +26,8 @@ from mla_study.config import ModelConfig, WindowConfig
 from mla_study.errors import UserError
 from mla_study.kernels.masks import Positions
 from mla_study.model.attention import Piece
-from mla_study.model.cache import DTYPES, RollingCache, Storage
+from mla_study.model.cache import RollingCache
+from mla_study.model.storage import NAMES, Storage
 from mla_study.model.transformer import Conditioning, WanTransformer
 from mla_study.rollout.accelerate import Acceleration, Predict, accelerate
 from mla_study.rollout.faults import first_fault
@@ -86,14 +87,13 @@ def resolved(config: RolloutConfig, model: WanTransformer, batch: int) -> Rollou
         raise UserError(f"a latent of {size} does not divide into patches of {own.patch[1:]}")
     if config.batch is not None and config.batch < 1:
         raise UserError(f"a batch of {config.batch} is none: give at least 1")
-    kinds = {dtype: name for name, dtype in DTYPES.items()}
     return RolloutConfig(
         seed=config.seed,
         batch=config.batch or batch,
         window=config.window or own.window,
         size=size,
         positions=config.positions or ("absolute" if own.latent is None else "relative"),
-        storage=config.storage or kinds[model.patch_embedding.weight.dtype],  # type: ignore[arg-type]
+        storage=config.storage or NAMES[model.patch_embedding.weight.dtype],
         clean_pass=config.clean_pass,
         recache=config.recache,
         steps=config.steps or own.flow.denoise_steps,

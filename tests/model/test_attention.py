@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model.tiny import BOTH, CPU, LATENT, error, make, rolled
+from model.tiny import BOTH, CPU, LATENT, error, make, rolled, step
 
 from mla_study.config import LatentConfig, ModelConfig, WindowConfig, wan_1_3b
 from mla_study.kernels.latent_attention import FORMS
 from mla_study.kernels.masks import Positions, bidirectional, chunk_causal, teacher_forcing
+from mla_study.model import attention as attention_module
 from mla_study.model.attention import LatentSelfAttention
 from mla_study.model.cache import RollingCache
 from mla_study.model.layers import RMSNorm
@@ -89,6 +90,69 @@ def test_forms_with_and_without_cache(
             use(model, form, group=2)
             assert error(model(x, t, conditioning, rule), truth) < 2e-6
             assert error(rolled(model, x, t, conditioning, window, positions), truth) < 2e-6
+
+
+def keep(model: WanTransformer, yes: bool) -> WanTransformer:
+    for block in model.blocks:
+        attention = cast(Block, block).self_attn
+        assert isinstance(attention, LatentSelfAttention)
+        attention.keep_expanded = yes
+    return model
+
+
+@pytest.mark.parametrize(("sink", "history", "chunk"), [(1, 2, 2), (0, 3, 2), (2, 0, 1), (1, 4, 3)])
+def test_kept_expansions_change_nothing(sink: int, history: int, chunk: int, seed: int) -> None:
+    """Several passes a chunk, evictions, a reset, a second cache and a restored one."""
+    window = WindowConfig(sink, history, chunk)
+    model = make(LATENT, seed, torch.float64)
+    x, t, conditioning = random_pass(model, 2, 5 * chunk, seed)
+    caches = [RollingCache(model.config, window, 2, 6, "fp64") for _ in range(3)]
+
+    def passes(cache: RollingCache, number: int, noise: float) -> torch.Tensor:
+        ids = range(number * chunk, (number + 1) * chunk)
+        inside = slice(ids.start, ids.stop)
+        outs = [
+            step(model, x[:, :, inside] * (noise - k), t[:, inside], conditioning, cache, ids)
+            for k in range(3)
+        ]
+        return torch.stack(outs)
+
+    def everything() -> torch.Tensor:
+        outs: list[torch.Tensor] = []
+        for cache in caches:
+            cache.reset()
+        for number in range(5):
+            outs += [passes(cache, number, 3.0 + i) for i, cache in enumerate(caches[:2])]
+        caches[2].restore(caches[0].state())
+        outs.append(passes(caches[2], 4, 1.0))
+        caches[0].reset()
+        outs.append(passes(caches[0], 0, 2.0))
+        return torch.stack(outs)
+
+    with torch.no_grad():
+        truth = everything()
+        assert error(keep(model, True) and everything(), truth) < 1e-12
+    x.requires_grad_()
+    passes(caches[0], 0, 1.0).sum().backward()
+    assert x.grad is not None
+
+
+def test_auto_takes_the_form_of_dispatch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(LATENT, seed)
+    x, t, conditioning = random_pass(model, 1, 2, seed)
+    asked: list[tuple[int, int]] = []
+
+    def chosen(m: int, k: int, *rest: object, **more: object) -> str:
+        asked.append((m, k))
+        return "reference"
+
+    with torch.no_grad():
+        truth = use(model, "reference")(x, t, conditioning)
+        use(model, "auto")
+        assert error(model(x, t, conditioning), truth) < 2e-6
+        monkeypatch.setattr(attention_module, "choose", chosen)
+        assert torch.equal(model(x, t, conditioning), truth)
+    assert asked == [(12, 12)] * 2
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -141,17 +143,45 @@ def test_an_interrupted_conversion_ends_with_the_same_bytes(
             assert a == b, name
 
 
-def test_other_options_start_anew(
+def test_what_another_conversion_left_is_kept(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(module, "write_report", lambda *_, **__: pytest.fail("stop here"))
+        patched.setattr(module, "write_layout", lambda *_, **__: pytest.fail("stop here"))
         with pytest.raises(pytest.fail.Exception):
             latentize(small, tmp_path / "out", OPTIONS)
+    with pytest.raises(UserError, match="already"):
+        latentize(small, tmp_path / "out", replace(OPTIONS, seed=1))
+    shutil.rmtree(tmp_path / "out" / "conversion")
+    with pytest.raises(UserError, match="3 layers of an unfinished conversion"):
+        latentize(small, tmp_path / "out", replace(OPTIONS, seed=1))
+    killed = tmp_path / "out" / ".out.1.tmp"
+    killed.mkdir()
     seen: list[int] = []
-    again = replace(OPTIONS, seed=1)
-    latentize(small, tmp_path / "out", again, progress=lambda n, _: seen.append(n))
-    assert seen == [0, 1, 2, 3]
+    latentize(small, tmp_path / "out", OPTIONS, progress=lambda n, _: seen.append(n))
+    assert seen == [3] and not killed.exists()
+    latentize(small, tmp_path / "s", replace(OPTIONS, sweep=(8,)))
+    for other in (OPTIONS, replace(OPTIONS, sweep=(12,))):
+        with pytest.raises(UserError, match="holds conversion already"):
+            latentize(small, tmp_path / "s", other)
+
+
+def test_a_damaged_last_layer_is_told_before_the_first_is_converted(
+    small: Path, tmp_path: Path
+) -> None:
+    state = load_file(small / "model.safetensors")
+    source = tmp_path / "damaged"
+    source.mkdir()
+    (source / "config.json").write_text((small / "config.json").read_text())
+    seen: list[int] = []
+    for name in ("blocks.2.self_attn.k.weight", "blocks.2.ffn.2.bias", "head.head.bias"):
+        damaged = state[name].clone()
+        damaged.view(-1)[5] = np.nan
+        save_file(state | {name: damaged}, source / "model.safetensors")
+        with pytest.raises(UserError, match=rf"'{re.escape(name)}' holds NaN"):
+            latentize(source, tmp_path / "y", OPTIONS, progress=lambda n, _: seen.append(n))
+        assert not (tmp_path / "y").exists()
+    assert seen == [0, 0, 0]
 
 
 def test_activation_beats_spectral_beats_random_on_structure(tmp_path: Path) -> None:
@@ -268,13 +298,9 @@ def test_bad_input_is_told_in_a_sentence(small: Path, tmp_path: Path) -> None:
         lora,
     )
     refused("adapter", source=lora)
-    state = load_file(small / "model.safetensors")
-    state["blocks.2.self_attn.k.weight"][3, 4] = np.nan
-    (tmp_path / "nan").mkdir()
-    save_file(state, tmp_path / "nan" / "model.safetensors")
-    (tmp_path / "nan" / "config.json").write_text((small / "config.json").read_text())
-    with pytest.raises(UserError, match=r"blocks\.2\.self_attn\.k\.weight.* NaN"):
-        latentize(tmp_path / "nan", tmp_path / "y", OPTIONS)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be written"):
+        latentize(small, tmp_path / "file", OPTIONS)
     done = tmp_path / "done"
     latentize(small, done, OPTIONS)
     with pytest.raises(UserError, match="already"):

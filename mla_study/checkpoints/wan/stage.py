@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from mla_study.errors import UserError
@@ -24,6 +25,12 @@ def occupied(folder: Path) -> list[str]:
         return []
     names = [p.name for p in folder.iterdir() if _OURS.fullmatch(p.name) or p.name == "config.json"]
     return sorted(names)
+
+
+def drop_stages(folder: Path) -> None:
+    """Remove what killed processes were writing into ``folder``; for a folder of one job alone."""
+    for left in folder.glob(f".{escape(folder.name)}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from typing import Any
 import pandas as pd
 
 from mla_study.config import WindowConfig
+from mla_study.evaluation.efficiency.ceilings import Ceilings
 from mla_study.evaluation.efficiency.model_cost import WINDOWS, ModelCost
-from mla_study.evaluation.efficiency.rollout_bench import Ceilings, Kind
+from mla_study.evaluation.efficiency.rollout_bench import Kind
 from mla_study.evaluation.efficiency.variants import Scale, Variant, full
 from mla_study.evaluation.timing import Times
 from mla_study.kernels.latent_attention.cost import Calibration, Rates

@@ -18,7 +18,9 @@ import pandas as pd
 import torch
 from scipy.optimize import least_squares
 from torch import Tensor
+from tqdm import tqdm
 
+from mla_study.evaluation.efficiency.ceilings import ceilings
 from mla_study.evaluation.timing import Clock, Spread, clock_of, interleaved
 from mla_study.kernels.latent_attention import FORMS, reference
 from mla_study.kernels.latent_attention.calibrations import device_key
@@ -123,21 +125,28 @@ def measure(
     return points
 
 
-def fit(points: Sequence[Point], device: torch.device, threads: int) -> Calibration:
-    """Rates that minimise the squared log ratios of modelled to measured seconds."""
+def fit(
+    points: Sequence[Point], device: torch.device, threads: int, bandwidth: float
+) -> Calibration:
+    """Rates that minimise the log ratios of modelled to measured seconds (soft L1).
+
+    Args:
+        bandwidth: bytes/s, measured (:func:`~.ceilings.ceilings`): most shapes do not feel it, so
+            that a fit could not find it.
+    """
     forms = tuple(dict.fromkeys(point.form for point in points))
     dtype = points[0].shape.dtype
-    name, on_gpu = device_key(str(device)), device.type == "cuda"
+    name = device_key(str(device))
     told = [costs(point.shape, value_is_key=True)[point.form] for point in points]
     seconds = np.array([point.seconds.median for point in points])
     best = max(cost.flops / t for cost, t in zip(told, seconds, strict=True))
 
     def unpack(x: np.ndarray) -> Calibration:
         v = np.exp(x)
-        rates = {f: Rates(*map(float, v[2 + 3 * i : 5 + 3 * i])) for i, f in enumerate(forms)}
+        rates = {f: Rates(*map(float, v[1 + 3 * i : 4 + 3 * i])) for i, f in enumerate(forms)}
         spare = Rates(1.0)
         return Calibration(
-            name, dtype, threads, float(v[0]), float(v[1]),
+            name, dtype, threads, float(v[0]), bandwidth,
             rates.get("reconstruct", spare), rates.get("absorbed", spare),
             rates.get("absorbed_triton"), points=len(points), value_is_key=True,
         )  # fmt: skip
@@ -148,13 +157,52 @@ def fit(points: Sequence[Point], device: torch.device, threads: int) -> Calibrat
         modelled = np.array([made.seconds(cost, point.form) for cost, point in pairs])
         return np.log(modelled / seconds)
 
-    start = [best, 1e12 if on_gpu else 1e10]
+    start = [best]
     for form in forms:
         quickest = min(p.seconds.median for p in points if p.form == form)
         start += [best, 16.0, quickest / 4]
     solved = least_squares(residuals, np.log(start), loss="soft_l1", f_scale=0.1, max_nfev=2000)
     rms = float(np.sqrt(np.mean(np.square(residuals(solved.x)))))
     return replace(unpack(solved.x), residual=rms)
+
+
+def calibrate(
+    dtype: str,
+    device: torch.device,
+    quick: bool = False,
+    repeats: int = 5,
+    say: Callable[[str], object] = lambda line: None,
+) -> tuple[Calibration, pd.DataFrame, pd.DataFrame]:
+    """Measure, fit and check, on as many threads as torch has.
+
+    Returns:
+        The rates; the fitted points (measured and modelled seconds of each form); the choices on
+        shapes that were not fitted, see :func:`choices`.
+    """
+    forms: tuple[Form, ...] = ("reconstruct", "absorbed")
+    if device.type == "cuda":
+        forms = (*forms, "absorbed_triton")
+    say(f"{dtype}: bandwidth")
+    copy = ceilings(device, DTYPES[dtype], 3 if quick else 7).copy.median
+    results: list[list[Point]] = []
+    for name, shapes in (
+        ("fitting", fitting_grid(dtype, quick)),
+        ("checking", checking_grid(dtype, quick)),
+    ):
+        with tqdm(total=len(shapes), desc=f"{dtype}, {name}", unit="shape", disable=None) as bar:
+            results.append(
+                measure(shapes, forms, device, repeats, on_shape=lambda done, bar=bar: bar.update())
+            )
+    fitted = fit(results[0], device, torch.get_num_threads(), copy)
+    rows = [
+        {
+            **asdict(p.shape), "form": p.form, "seconds": p.seconds.median, "low": p.seconds.low,
+            "high": p.seconds.high,
+            "modelled_s": fitted.seconds(costs(p.shape, value_is_key=True)[p.form], p.form),
+        }
+        for p in results[0]
+    ]  # fmt: skip
+    return fitted, pd.DataFrame(rows), choices(results[1], fitted, device.type)
 
 
 def choices(points: Sequence[Point], calibration: Calibration, device: str) -> pd.DataFrame:

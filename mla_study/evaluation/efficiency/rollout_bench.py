@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from mla_study.config import WindowConfig
 from mla_study.errors import UserError
+from mla_study.evaluation.efficiency.ceilings import Ceilings, ceilings
 from mla_study.evaluation.efficiency.model_cost import frame_tokens
 from mla_study.evaluation.efficiency.step_memory import LiveBytes
 from mla_study.evaluation.efficiency.variants import (
@@ -52,45 +52,12 @@ UNITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device does at best: FLOP/s of a matrix product, bytes/s (read and written)."""
-
-    matmul: Spread
-    copy: Spread
-
-    def text(self) -> str:
-        """One line."""
-        return (
-            f"ceilings: matmul {self.matmul.median / 1e12:.3g} TFLOP/s, "
-            f"copy {self.copy.median / 1e9:.3g} GB/s"
-        )
-
-
-@torch.no_grad()
-def ceilings(scale: Scale, repeats: int = 9) -> Ceilings:
-    """Measure both, on inputs that take turns and exceed the last-level cache."""
-    device, dtype = scale.where, DTYPES[scale.dtype]
-    on_gpu = device.type == "cuda"
-    side, count, long = (8192, 4, 1 << 28) if on_gpu else (1536, 3, 1 << 24)
-    squares = [torch.randn(2, side, side, dtype=dtype, device=device) for _ in range(count)]
-    longs = [torch.zeros(2, long, device=device) for _ in range(2)]
-    out = torch.empty(side, side, dtype=dtype, device=device)
-
-    def product() -> Tensor:
-        squares.append(squares.pop(0))
-        return torch.mm(squares[0][0], squares[0][1], out=out)
-
-    def move() -> Tensor:
-        longs.append(longs.pop(0))
-        return longs[0][0].copy_(longs[0][1])
-
-    times = interleaved({"matmul": product, "copy": move}, repeats, 2, clock_of(device))
-
-    def best(name: str, amount: float) -> Spread:
-        return Spread.of([amount / s for s in times.seconds[name]])
-
-    return Ceilings(best("matmul", 2.0 * side**3), best("copy", 2.0 * longs[0][0].nbytes))
+def told(tops: Ceilings) -> str:
+    """The ceilings as a line."""
+    return (
+        f"ceilings: matmul {tops.matmul.median / 1e12:.3g} TFLOP/s, dense attention "
+        f"{tops.sdpa.median / 1e12:.3g} TFLOP/s, copy {tops.copy.median / 1e9:.3g} GB/s"
+    )
 
 
 @dataclass
@@ -282,7 +249,7 @@ def measure(
     repeats: int,
     clip_repeats: int = 0,
     clip_names: Sequence[str] | None = None,
-    say: Callable[[str], object] = lambda told: None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> tuple[pd.DataFrame, dict[Kind, Times], Ceilings]:
     """Check, build and time all variants.
 
@@ -296,8 +263,8 @@ def measure(
     made = Field.of(variants, scale, lambda name: say(f"checking {name}"))
     for name, reason in made.refused.items():
         say(f"{name}: {reason}")
-    tops = ceilings(scale)
-    say(tops.text())
+    tops = ceilings(scale.where, DTYPES[scale.dtype])
+    say(told(tops))
     times: dict[Kind, Times] = {}
     for kind in kinds:
         say(f"{kind}: {len(made.running)} variants, {repeats} turns")

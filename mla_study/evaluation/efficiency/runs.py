@@ -21,7 +21,8 @@ import torch
 from mla_study.errors import UserError
 from mla_study.evaluation.efficiency import attribution, rollout_bench
 from mla_study.evaluation.efficiency.attribution import READINGS, Factor
-from mla_study.evaluation.efficiency.rollout_bench import NOT_COUNTED, RANDOM, UNITS, Ceilings, Kind
+from mla_study.evaluation.efficiency.ceilings import Ceilings
+from mla_study.evaluation.efficiency.rollout_bench import NOT_COUNTED, RANDOM, UNITS, Kind
 from mla_study.evaluation.efficiency.variants import Scale, full, quarter, small
 from mla_study.evaluation.goals import Goal, Row, say, show
 from mla_study.evaluation.timing import Times, threads
@@ -77,7 +78,7 @@ class Measured:
                 f"{len(scale.config.flow.denoise_steps)} denoising passes a chunk",
                 NOT_COUNTED,
                 RANDOM,
-                self.tops.text(),
+                rollout_bench.told(self.tops),
             ],
             observed={"hardware": hardware, "measuring_s": self.seconds},
         )
@@ -187,7 +188,7 @@ def bench(
 # on a GPU, piece by piece
 
 PIECES: Mapping[str, tuple[str, ...]] = {
-    "attention": ("attention",),
+    "attention": ("attention", "--device", "cuda", "--width", "full", "--dtypes", "bf16"),
     "step": ("step", "--scale", "full", "--reading", "beside"),
     "step-within": ("step", "--scale", "full", "--reading", "within"),
     "rollout": ("rollout", "--scale", "full", "--reading", "beside"),

@@ -31,11 +31,10 @@ from mla_study.kernels.latent_attention.calibrations import find
 from mla_study.kernels.latent_attention.cost import Shape
 from mla_study.kernels.latent_attention.dispatch import decide
 from mla_study.kernels.masks import chunk_causal
-from mla_study.model.attention import LatentSelfAttention
 from mla_study.model.cache import RollingCache
 from mla_study.model.storage import DTYPES, Storage
-from mla_study.model.transformer import Block, WanTransformer, meta_model
-from mla_study.rollout.accelerate import Acceleration, Capture, accelerate
+from mla_study.model.transformer import WanTransformer, meta_model
+from mla_study.rollout.accelerate import Acceleration, Capture, accelerate, latent_attentions
 from mla_study.rollout.stream import Rollout, RolloutConfig
 
 FormChoice = Literal["auto", "reconstruct", "absorbed", "absorbed_triton"]
@@ -229,10 +228,8 @@ class Running:
         self.form = variant.resolved(scale)
         if variant.latent and self.form not in FORMS:
             raise UserError(f"form {self.form} is not at hand: there are {', '.join(FORMS)}")
-        for block in cast("list[Block]", list(model.blocks)):
-            if isinstance(block.self_attn, LatentSelfAttention):
-                block.self_attn.form = self.form
-                block.self_attn.head_group = variant.head_group
+        for attention in latent_attentions(model):
+            attention.form, attention.head_group = self.form, variant.head_group
         device, dtype = scale.where, DTYPES[scale.dtype]
         make = torch.Generator().manual_seed(2)
         text = torch.randn(1, config.text_len, config.text_dim, generator=make).to(device, dtype)
@@ -351,9 +348,8 @@ def gap(
     spoil(running)
     rollout, config, size = running.rollout, running.rollout.model.config, variant.window.chunk
     truth = weights.twin(config).double()
-    for block in cast("list[Block]", list(truth.blocks)):
-        if isinstance(block.self_attn, LatentSelfAttention):
-            block.self_attn.form = "reference"
+    for attention in latent_attentions(truth):
+        attention.form = "reference"
     chunks = -(-variant.window.key_frames // size) + places(variant.window) + 1
     make = torch.Generator().manual_seed(1)
     shape = (variant.batch, config.in_channels, chunks * size, *config.latent_size)

@@ -96,6 +96,7 @@ def read(path: Path, device: str | None = None) -> list[Calibration]:
     return entries
 
 
+@functools.lru_cache
 def find(
     dtype: str, device: str = "cpu", threads: int | None = None, path: Path | None = None
 ) -> Calibration:

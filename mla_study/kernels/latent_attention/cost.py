@@ -186,7 +186,7 @@ class Calibration:
     reconstruct: Rates
     absorbed: Rates
     absorbed_triton: Rates | None = None
-    residual: float = float("nan")
+    residual: float = 0.0
     points: int = 0
     value_is_key: bool = False
 

@@ -26,6 +26,7 @@ class Decision:
 
     Attributes:
         refused: form -> why it cannot run at this shape.
+        crossover: queries below which absorbed has fewer FLOPs.
     """
 
     form: Form
@@ -69,7 +70,7 @@ def decide(
     }
     ranked: list[tuple[float, Form]] = [(spent, name) for name, spent in seconds.items()]
     chosen: Form = min(ranked, key=lambda pair: pair[0])[1] if form is None else form
-    limit = crossover(shape.d_c, shape.d_rope, shape.d_head, calibration.value_is_key)
+    limit = crossover(shape.d_c, shape.d_rope, shape.d_head)
     return Decision(chosen, seconds, refused, calibration, limit)
 
 
@@ -102,6 +103,10 @@ def _refusal(form: Form, shape: Shape, device: str) -> str | None:
     return "the fused kernel is not at hand"
 
 
+def _below(limit: float) -> str:
+    return "at any number of queries" if limit == float("inf") else f"below {limit:.0f} queries"
+
+
 def explain(decision: Decision, shape: Shape) -> str:
     """The decision as text, a line a form."""
     rates = decision.calibration
@@ -123,6 +128,8 @@ def explain(decision: Decision, shape: Shape) -> str:
         else:
             lines.append(f"{mark} {form:<16} {decision.seconds[form]:.4g} {unit}")
     limit = decision.crossover
-    told = "at any number of queries" if limit == float("inf") else f"below {limit:.0f} queries"
-    lines.append(f"by FLOPs absorbed is cheaper {told}")
+    lines.append(f"by FLOPs absorbed is cheaper {_below(limit)}")
+    if rates.value_is_key:
+        sdpa = crossover(shape.d_c, shape.d_rope, shape.d_head, True)
+        lines[-1] += f"; by those of SDPA, whose values are as wide as its keys, {_below(sdpa)}"
     return "\n".join(lines)

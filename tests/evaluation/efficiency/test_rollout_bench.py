@@ -15,10 +15,9 @@ from mla_study.commands.bench_rollout import Gpu, RolloutBench, Step
 from mla_study.config import WindowConfig
 from mla_study.errors import UserError
 from mla_study.evaluation.efficiency import attribution, rollout_bench, runs
+from mla_study.evaluation.efficiency.ceilings import Ceilings
 from mla_study.evaluation.efficiency.rollout_bench import (
-    Ceilings,
     Field,
-    ceilings,
     clip_chunks,
     line,
     measure,
@@ -41,7 +40,8 @@ from mla_study.study.runs import read_result
 WINDOW = WindowConfig(1, 3, 3)
 DENSE, LATENT = Variant(WINDOW), Variant(WINDOW, latent=True, form="reconstruct")
 FP8 = replace(DENSE, how=Acceleration(fp8=True))
-TOPS = Ceilings(Spread(1e11, 1e11, 1e11), Spread(1e10, 1e10, 1e10))
+_TOP, _COPY = Spread(1e11, 1e11, 1e11), Spread(1e10, 1e10, 1e10)
+TOPS = Ceilings(_TOP, _TOP, _COPY)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def scale() -> Scale:
 
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_bench, "ceilings", lambda scale: TOPS)
+    monkeypatch.setattr(rollout_bench, "ceilings", lambda device, dtype: TOPS)
 
 
 def test_measures_and_says_what_it_cannot(scale: Scale) -> None:
@@ -118,17 +118,6 @@ def test_batches_count_all_their_frames(scale: Scale) -> None:
 def test_a_pass_needs_more_than_its_output(scale: Scale) -> None:
     running = Running(LATENT, scale, Weights(scale))
     assert transient(running) > running.step().nbytes
-
-
-def test_ceilings_are_rates(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        rollout_bench,
-        "interleaved",
-        lambda calls, *given: Times("cpu", dict.fromkeys(calls, (1.0, 2.0, 4.0)), {}),
-    )
-    found = ceilings(scale)
-    assert found.matmul.median == 1536**3 and found.copy.median == 4 * 2**24
-    assert "TFLOP/s" in found.text()
 
 
 def test_factors_are_ratios_of_turns(scale: Scale) -> None:

@@ -153,7 +153,7 @@ def test_twins_share_weights_and_nothing_else(scale: Scale) -> None:
     one, two = weights.twin(config), weights.twin(config)
     assert one.head.head.weight.data_ptr() == two.head.head.weight.data_ptr()
     one.blocks[0].self_attn.form = "absorbed"  # type: ignore[union-attr]
-    assert two.blocks[0].self_attn.form == "reconstruct"  # type: ignore[union-attr]
+    assert two.blocks[0].self_attn.form == "auto"  # type: ignore[union-attr]
 
 
 def test_a_running_variant_starts_with_a_full_window(scale: Scale) -> None:
