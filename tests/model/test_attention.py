@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model.tiny import BOTH, CPU, LATENT, error, make, rolled, step
 
 from mla_study.config import LatentConfig, ModelConfig, WindowConfig, wan_1_3b
-from mla_study.kernels.latent_attention import FORMS
+from mla_study.kernels.latent_attention import PORTABLE
 from mla_study.kernels.masks import Positions, bidirectional, chunk_causal, teacher_forcing
 from mla_study.model import attention as attention_module
 from mla_study.model.attention import LatentSelfAttention
@@ -51,7 +51,7 @@ def test_one_layer_of_wan_in_all_forms(seed: int) -> None:
     with torch.no_grad():
         attention.form = "reference"
         truth = attention(x, pieces)
-        for form in FORMS:
+        for form in PORTABLE:
             attention.form = form
             assert error(attention(x, pieces), truth) < 2e-6
 
@@ -86,7 +86,7 @@ def test_forms_with_and_without_cache(
     rule = chunk_causal(frames, chunk, window, positions)
     with torch.no_grad():
         truth = use(model, "reference")(x, t, conditioning, rule)
-        for form in FORMS:
+        for form in PORTABLE:
             use(model, form, group=2)
             assert error(model(x, t, conditioning, rule), truth) < 2e-6
             assert error(rolled(model, x, t, conditioning, window, positions), truth) < 2e-6

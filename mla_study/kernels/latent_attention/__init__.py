@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from mla_study.kernels.latent_attention.absorbed import absorbed
+from mla_study.kernels.latent_attention.absorbed_triton import absorbed_triton
 from mla_study.kernels.latent_attention.reconstruct import (
     attend_expanded,
     expanded,
@@ -14,10 +15,22 @@ from mla_study.kernels.latent_attention.reconstruct import (
 )
 from mla_study.kernels.latent_attention.reference import reference
 
-__all__ = ["FORMS", "absorbed", "attend_expanded", "expanded", "reconstruct", "reference"]
+__all__ = [
+    "FORMS",
+    "PORTABLE",
+    "absorbed",
+    "absorbed_triton",
+    "attend_expanded",
+    "expanded",
+    "reconstruct",
+    "reference",
+]
 
 FORMS: dict[str, Callable[..., Tensor]] = {
     "reference": reference,
     "reconstruct": reconstruct,
     "absorbed": absorbed,
+    "absorbed_triton": absorbed_triton,
 }
+PORTABLE = ("reference", "reconstruct", "absorbed")
+"""The forms that run on any device."""

@@ -99,8 +99,20 @@ def _refusal(form: Form, shape: Shape, device: str) -> str | None:
     if form != "absorbed_triton":
         return None
     if device.partition(":")[0] != "cuda":
-        return "the fused kernel runs on CUDA devices only"
-    return "the fused kernel is not at hand"
+        return "the fused kernel computes on CUDA devices only"
+    import torch
+
+    from mla_study.kernels.latent_attention.absorbed_triton import arch_of, unavailable
+    from mla_study.kernels.latent_attention.triton_tiles import unsupported
+
+    if shape.dtype not in ("fp16", "bf16"):
+        return f"the fused kernel computes in fp16 and bf16, not in {shape.dtype}"
+    dtype = torch.float16 if shape.dtype == "fp16" else torch.bfloat16
+    there = torch.device(device)
+    # asked about a GPU on a machine without one, only the shape can be judged
+    arch = arch_of(there) if torch.cuda.is_available() else None
+    reason = unsupported(shape.d_c, shape.d_rope, dtype, shape.keys, arch)
+    return reason or unavailable(there)
 
 
 def _below(limit: float) -> str:
