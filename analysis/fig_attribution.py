@@ -26,7 +26,7 @@ TITLE = "What of a rollout's speed-up is the window, the layout, the form, the c
 PROVENANCE = ("measured", "modelled")
 DATA = ("results/data/fig_attribution",)
 ROOT = Path(__file__).resolve().parents[1]
-REPEATS, CLIPS = 12, 3
+REPEATS, CLIPS = 11, 2
 ROWS = {
     "window": "window, dense",
     "layout, reconstruct": "layout, reconstruct",

@@ -1,8 +1,9 @@
 """Table 3: throughput and latency, the paper's rows as quoted beside what is measured here.
 
-The paper's rows are of a B200 with its VAE; ours count neither VAE nor text encoder. Rows of Wan
-1.3B come from ``mla-study bench rollout --scale full`` on a GPU and say so while there are none;
-those of a model with a quarter of its sizes come from one CPU thread (``fig_attribution``).
+The paper's rows are of a B200, and it does not say whether they count the VAE; ours count neither
+VAE nor text encoder. Rows of Wan 1.3B come from ``mla-study bench rollout --scale full`` on a GPU,
+and the table says so while there are none; those of a model with a quarter of its sizes come from
+one CPU thread (``fig_attribution``).
 
 Frames a second times the seconds of a clip are the clip's frames. In the paper's table they are 81
 for VideoMLA, but neither for Self-Forcing nor for LongSANA; with one entry of those two exchanged
@@ -58,7 +59,7 @@ def quoted(paper: pd.DataFrame) -> pd.DataFrame:
         {
             "model": paper["model"],
             "window": paper["model"].map(PAPER_WINDOWS).fillna(""),
-            "where": "B200, with VAE",
+            "where": "B200",
             "fps": paper["throughput_fps_b200"],
             "latency_s": paper["latency_s_b200"],
             "frames": paper["throughput_fps_b200"] * paper["latency_s_b200"],

@@ -2,9 +2,9 @@
 
 What is timed: one pass of the model (``step``), one chunk of the steady state (``chunk``: all
 passes, noise, sampler), and a clip from an empty cache (``clip``: 81 video frames). The VAE and the
-text encoder are not part of it (paper, Table 3, counts them in). Weights are random: neither speed
-nor memory depends on them. Variants of one process throw each other's weights and caches out of the
-processor's caches, and latents come from a pool in turn.
+text encoder are not part of it. Weights are random: neither speed nor memory depends on them.
+Variants of one process throw each other's weights and caches out of the processor's caches, and
+latents come from a pool in turn.
 """
 
 from __future__ import annotations

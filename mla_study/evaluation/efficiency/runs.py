@@ -21,12 +21,15 @@ import torch
 from mla_study.errors import UserError
 from mla_study.evaluation.efficiency import attribution, rollout_bench
 from mla_study.evaluation.efficiency.attribution import READINGS, Factor
+from mla_study.evaluation.efficiency.calibrate import check, inputs
 from mla_study.evaluation.efficiency.ceilings import Ceilings
 from mla_study.evaluation.efficiency.rollout_bench import NOT_COUNTED, RANDOM, UNITS, Kind
-from mla_study.evaluation.efficiency.variants import Scale, full, quarter, small
+from mla_study.evaluation.efficiency.variants import Scale, Variant, full, quarter, small
 from mla_study.evaluation.goals import Goal, Row, say, show
-from mla_study.evaluation.timing import Times, threads
+from mla_study.evaluation.timing import Spread, Times, clock_of, interleaved, threads
+from mla_study.kernels.latent_attention import FORMS
 from mla_study.kernels.latent_attention.calibrations import device_key
+from mla_study.kernels.latent_attention.cost import Form, Shape, costs, dense_cost
 from mla_study.study.notebooks import Project
 from mla_study.study.runs import Validity, atomic_write, write_result
 
@@ -39,6 +42,7 @@ MODULES = (
     "mla_study.evaluation.efficiency.variants",
 )
 _READING: Mapping[str, str] = dict(zip(("beside", "within"), READINGS, strict=True))
+KERNEL_GOAL = Goal(">=", 0.7)
 FPS_GOAL, FAST_FPS_GOAL = 57.0, 100.0
 """At 15600 keys on an H100, batch 1, DiT only: exact in bf16 (its FLOPs bound it at 77; the paper
 reports 27), and with fp8 projections, graphs and no clean pass."""
@@ -170,6 +174,49 @@ def goals(table: pd.DataFrame) -> list[Row]:
     return rows
 
 
+@torch.no_grad()
+def kernel_goal(
+    shape: Shape,
+    device: torch.device,
+    repeats: int = 30,
+    form: Form = "absorbed_triton",
+    backend: str = "CUDNN_ATTENTION",
+) -> Row:
+    """FLOP/s of a form of latent attention over those of dense SDPA, same queries and keys.
+
+    A form that is wrong gets no number.
+
+    Args:
+        backend: of ``torch.nn.attention.SDPBackend``.
+
+    Raises:
+        UserError: the form is wrong.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    given = inputs(shape, device)
+    reason = check(form, given, shape.dtype)
+    if reason is not None:
+        raise UserError(f"{form} gets no number: {reason}")
+    dense = [
+        torch.randn(shape.batch, shape.heads, n, shape.d_head, device=device).to(given[0].dtype)
+        for n in (shape.queries, shape.keys, shape.keys)
+    ]
+
+    def sdpa() -> object:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return torch.nn.functional.scaled_dot_product_attention(*dense)
+
+    calls = {"form": lambda: FORMS[form](*given), "sdpa": sdpa}
+    times = interleaved(calls, repeats, 3, clock_of(device))
+    mine, theirs = costs(shape)[form].flops, dense_cost(shape).flops
+    share = Spread.of(
+        [mine / a / (theirs / b) for a, b in zip(*(times.seconds[n] for n in calls), strict=True)]
+    )
+    setting = f"{shape.queries} queries, {shape.keys} keys, {shape.dtype}"
+    return Row.of(f"{form} / {backend.lower()}, FLOP/s", share, "ratio", setting, KERNEL_GOAL)
+
+
 def bench(
     kinds: Sequence[Kind], name: ScaleName, reading: Reading, repeats: int, clips: int, write: bool
 ) -> int:
@@ -177,6 +224,10 @@ def bench(
     scale = scale_of(name)
     with threads(1):
         made = run(scale, reading, kinds, repeats, clips)
+    if name == "full" and "step" in kinds:
+        window = READINGS[_READING["within" if reading == "within" else "beside"]]
+        shape = Variant(window, latent=True, form="absorbed_triton").shape(scale)
+        show([kernel_goal(shape, scale.where)])
     if write:
         what = "rollout" if "chunk" in kinds else "step"
         folder = Project.find().data / f"bench_{what}_{name}_{reading}"

@@ -26,7 +26,6 @@ from mla_study.evaluation.efficiency.model_cost import (
     frame_tokens,
     video_frames,
 )
-from mla_study.kernels.latent_attention import FORMS
 from mla_study.kernels.latent_attention.calibrations import find
 from mla_study.kernels.latent_attention.cost import Shape
 from mla_study.kernels.latent_attention.dispatch import decide
@@ -145,16 +144,17 @@ class Variant:
             return "dense"
         if self.form != "auto":
             return self.form
-        config, tokens = self.config(scale), frame_tokens(scale.config)
-        assert config.latent is not None
-        shape = Shape(
-            self.window.chunk * tokens, self.window.key_frames * tokens, self.batch, config.heads,
-            config.latent.d_c, config.latent.d_rope, config.head_dim, scale.dtype,
-            self.passes(scale),
-        )  # fmt: skip
         rates = find(scale.dtype, scale.device, torch.get_num_threads())
-        form = decide(shape, scale.device, calibration=rates).form
-        return form if form in FORMS else "reconstruct"
+        return decide(self.shape(scale), scale.device, calibration=rates).form
+
+    def shape(self, scale: Scale) -> Shape:
+        """The attention of a step; of a latent variant."""
+        config, tokens = self.config(scale), frame_tokens(scale.config)
+        latent = config.latent or scale.latent
+        return Shape(
+            self.window.chunk * tokens, self.window.key_frames * tokens, self.batch, config.heads,
+            latent.d_c, latent.d_rope, config.head_dim, scale.dtype, self.passes(scale),
+        )  # fmt: skip
 
     def cost(self, scale: Scale, passes: int | None = None) -> ModelCost:
         """FLOPs and bytes of a chunk (or of ``passes`` passes), without what a kernel wastes."""
@@ -226,8 +226,8 @@ class Running:
         config = variant.config(scale)
         model = weights.twin(config)
         self.form = variant.resolved(scale)
-        if variant.latent and self.form not in FORMS:
-            raise UserError(f"form {self.form} is not at hand: there are {', '.join(FORMS)}")
+        if variant.latent:
+            decide(variant.shape(scale), scale.device, form=self.form)  # or says why it cannot run
         for attention in latent_attentions(model):
             attention.form, attention.head_group = self.form, variant.head_group
         device, dtype = scale.where, DTYPES[scale.dtype]

@@ -34,6 +34,7 @@ from mla_study.evaluation.efficiency.variants import (
     small,
 )
 from mla_study.evaluation.timing import Spread, Times
+from mla_study.kernels.latent_attention.cost import Shape
 from mla_study.rollout.accelerate import Acceleration
 from mla_study.study.runs import read_result
 
@@ -232,3 +233,12 @@ def test_goals_stand_beside_the_best_variant() -> None:
     exact, fast = runs.goals(pd.DataFrame(rows))
     assert (exact.value, exact.met) == (60.0, True) and exact.setting.startswith("b, limit 77")
     assert (fast.value, fast.met) == (90.0, False)
+
+
+def test_a_form_beside_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(8, 24, heads=2, d_c=16, d_rope=8, d_head=32, dtype="fp32")
+    row = runs.kernel_goal(shape, torch.device("cpu"), 2, "absorbed", "MATH")
+    assert row.value > 0 and row.goal == runs.KERNEL_GOAL and "24 keys" in row.setting
+    monkeypatch.setattr(runs, "check", lambda *given: "its error 1 exceeds 0")
+    with pytest.raises(UserError, match="absorbed gets no number: its error"):
+        runs.kernel_goal(shape, torch.device("cpu"), 2, "absorbed", "MATH")

@@ -140,6 +140,8 @@ def test_wrong_variants_are_found_out(spoil: object, storage: str | None, scale:
 def test_a_refused_variant_says_why(scale: Scale) -> None:
     told = refusal(replace(DENSE, how=Acceleration(fp8=True)), scale)
     assert told is not None and told.startswith("refused: fp8 needs a GPU")
+    told = refusal(replace(LATENT, form="absorbed_triton"), scale)
+    assert told is not None and told.startswith("refused: form absorbed_triton cannot run here")
 
 
 def test_a_wrong_variant_gets_no_number(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
