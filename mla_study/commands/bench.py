@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from mla_study.commands.bench_attention import BenchAttention
+
 
 @dataclass(frozen=True)
 class BenchMemory:
@@ -50,14 +52,15 @@ class BenchBatch:
 
 
 BenchCommand = (
-    Annotated[BenchMemory, tyro.conf.subcommand("memory")]
+    Annotated[BenchAttention, tyro.conf.subcommand("attention")]
+    | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
     | Annotated[BenchBatch, tyro.conf.subcommand("batch")]
 )
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure the toolkit: memory of a step, memory against batch.
+    """Measure the toolkit: a layer of attention, memory of a step, memory against batch.
 
     Example: mla-study bench memory --no-measure --no-write
     """

@@ -139,7 +139,7 @@ def closed_form(kind: Kind, window: str, d_c: int | None = None) -> dict[str, An
 def small_scale(batches: Sequence[int] = (1, 2)) -> Iterator[dict[str, Any]]:
     """Rows measured on the CPU: peak resident memory of one pass, beside what is counted."""
     for kind in KINDS:
-        if kind.head_group is not None and kind.storage == "bf16":
+        if kind.form == "reconstruct" and kind.head_group is None:
             continue  # on the CPU heads are made one by one in any case
         storage: Storage = "fp32" if kind.storage == "bf16" else kind.storage
         config = small(kind.form != "dense")
@@ -180,15 +180,22 @@ def on_gpu(kinds: Sequence[Kind], windows: Sequence[str], batches: Sequence[int]
                     "model": config.name,
                     "device": torch.cuda.get_device_name(device),
                 }
-                try:
-                    found = measured(kind.step(config, WINDOWS[window], batch=batch), device)
-                except RuntimeError as error:
-                    if not out_of_memory(error):
-                        raise
+                found = _unless_full(kind.step(config, WINDOWS[window], batch=batch), device)
+                if found is None:
                     free_device_memory()
                     yield row | {"status": "OOM"}
                     break
                 yield row | _bytes_of(found) | {"status": "ok"}
+
+
+def _unless_full(step: Step, device: torch.device) -> StepMemory | None:
+    """What a step takes, None where memory runs out; only then is all that it held let go of."""
+    try:
+        return measured(step, device)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
 
 
 def _bytes_of(found: StepMemory) -> dict[str, Any]:
@@ -313,6 +320,8 @@ def _told(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for row in rows:
         peak = f"peak {row['peak_gb']:.4g} GB" if row["status"] == "ok" else row["status"]
+        if row["status"] == "ok" and "counted_peak_gb" in row:
+            peak += f", {row['peak_gb'] / row['counted_peak_gb']:.3f} of what is counted"
         where = f"{row.get('window', '')} {row['form']} {row['storage']} batch {row['batch']}"
         print(f"{row['model']} on {row['device']}: {where.strip()}: {peak}", flush=True)
         found.append(row)

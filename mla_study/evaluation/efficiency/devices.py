@@ -132,7 +132,10 @@ def _of_card(card: Card, achieved: float, dtype: str, memory: float | None) -> D
         ),
     ]
     if card.measured is not None:
-        facts.append(f"bounds: {card.measured / TERA:g} TF/s, large matrix products (measured)")
+        facts.append(
+            f"bounds: {card.measured / TERA:g} TF/s, large matrix products measured on such a card "
+            "(no table of that run is kept here)"
+        )
     else:
         facts.append("bounds: the data sheet's rate, all of it")
     if memory is not None:
@@ -172,4 +175,5 @@ def _scaled(rates: Calibration, share: float) -> Calibration:
         bandwidth=rates.bandwidth * share,
         reconstruct=form(rates.reconstruct),
         absorbed=form(rates.absorbed),
+        absorbed_triton=None if rates.absorbed_triton is None else form(rates.absorbed_triton),
     )

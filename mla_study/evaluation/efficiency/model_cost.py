@@ -81,9 +81,12 @@ class ModelCost:
     def seconds(self, calibration: Calibration, variant: Variant) -> float:
         """Modelled seconds of all passes: a roofline a phase, one call's overhead a block.
 
-        Dense attention runs at the rate of reconstructed, which is the same kernel.
+        Dense attention runs at the rate of reconstructed, which is the same kernel; absorbed at
+        that of the fused kernel where there is one.
         """
-        form: Form = "absorbed" if variant == "absorbed" else "reconstruct"
+        form: Form = "reconstruct"
+        if variant == "absorbed":
+            form = "absorbed" if calibration.absorbed_triton is None else "absorbed_triton"
         block = _joined(self.block)
         spent = self.layers * calibration.seconds(block, form)
         return self.passes * (spent + calibration.seconds(_joined(self.ends), form))

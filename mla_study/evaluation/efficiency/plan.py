@@ -188,11 +188,13 @@ def _served(
 
 
 def _seconds(config: ModelConfig, layout: Layout, device: Device, batch: int) -> float:
+    rates = device.rates
+    # SDPA needs values as wide as its keys, the fused kernel does not
+    wide = rates.value_is_key and rates.absorbed_triton is None
     cost = chunk_cost(
-        config, layout.window, layout.form, batch=batch, dtype=device.rates.dtype,
-        value_is_key=device.rates.value_is_key,
-    )  # fmt: skip
-    return cost.seconds(device.rates, "absorbed" if layout.form == "absorbed" else "reconstruct")
+        config, layout.window, layout.form, batch=batch, dtype=rates.dtype, value_is_key=wide
+    )
+    return cost.seconds(rates, "absorbed" if layout.form == "absorbed" else "reconstruct")
 
 
 def _assumptions(

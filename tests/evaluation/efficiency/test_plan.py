@@ -93,6 +93,10 @@ def test_a_calibration_file_takes_a_cards_place(tmp_path: Path) -> None:
     rows = plan(LATENT, here, gpus=1, viewers=1, seconds=60).rows
     assert round(rows[2].bound_fps or 0) == 77 and rows[2].fps < 77
     assert rows[3].fps < rows[2].fps
+    fused = replace(rates, value_is_key=True, absorbed_triton=Rates(rate))
+    path.write_text(to_text([fused]))
+    assert plan(LATENT, device(str(path), None), gpus=1, viewers=1, seconds=60).rows[3].fps > 50
+    path.write_text(to_text([rates]))
     half = device(str(path), 0.5)
     assert plan(LATENT, half, gpus=1, viewers=1, seconds=60).rows[2].fps < rows[2].fps
     path.write_text(to_text([replace(rates, device="some CPU")]))
