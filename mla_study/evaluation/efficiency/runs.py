@@ -198,14 +198,14 @@ def kernel_goal(
     reason = check(form, given, shape.dtype)
     if reason is not None:
         raise UserError(f"{form} gets no number: {reason}")
-    dense = [
+    q, k, v = (
         torch.randn(shape.batch, shape.heads, n, shape.d_head, device=device).to(given[0].dtype)
         for n in (shape.queries, shape.keys, shape.keys)
-    ]
+    )
 
     def sdpa() -> object:
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return torch.nn.functional.scaled_dot_product_attention(*dense)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     calls = {"form": lambda: FORMS[form](*given), "sdpa": sdpa}
     times = interleaved(calls, repeats, 3, clock_of(device))
