@@ -73,6 +73,12 @@ class Generate:
     """Of the weights (default: as stored)."""
     device: str = "cpu"
     """cpu, cuda, cuda:1."""
+    compile: bool = False
+    """Compile the blocks once the window is full; the first such chunk waits for it."""
+    graph: bool = False
+    """Record the passes of a full window as CUDA graphs."""
+    fp8: bool = False
+    """Projections in fp8 (e4m3), on GPUs that have it; the video changes a little."""
     resume: bool = False
     """Go on from the state saved beside --out; all else must be as it was."""
     save_every: int = 1
@@ -80,6 +86,7 @@ class Generate:
 
     def run(self) -> int:
         """Generate, and return the exit code."""
+        from mla_study.rollout.accelerate import Acceleration, accelerate
         from mla_study.rollout.record import record
         from mla_study.rollout.setup import (
             ModelChoice,
@@ -104,6 +111,7 @@ class Generate:
             self.lora, self.dtype, self.device,
         )  # fmt: skip
         model = build_model(choice, _say)
+        predict = accelerate(model, Acceleration(self.compile, self.graph, self.fp8))
         prompts = self.prompts or ("",)
         rollout = Rollout(
             model,
@@ -114,6 +122,7 @@ class Generate:
             ),
             prompt_at=switches,
             encode=choose_encoder(model.config, choice, self.wan, self.embeddings, _say),
+            predict=predict,
         )  # fmt: skip
         size = rollout.config.size or model.config.latent_size
         video = self.fps if self.fps is not None else model.config.fps

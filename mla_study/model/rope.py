@@ -118,6 +118,10 @@ class Rotation:
             return torch.cat([self.apply(x[:, :tokens]), x[:, tokens:]], dim=1)
         cis = self.cis.to(torch.complex128) if x.dtype == torch.float64 else self.cis
         work = x.to(cis.real.dtype)
+        if torch.compiler.is_compiling():  # compilers fuse real arithmetic only
+            cos, sin = torch.view_as_real(cis)[None, :, None].unbind(-1)
+            a, b = work.unflatten(-1, (pairs, 2)).unbind(-1)
+            return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
         if any(s % 2 for s in (*work.stride()[:-1], work.storage_offset())):
             work = work.clone(memory_format=torch.contiguous_format)
         turned = torch.view_as_complex(work.unflatten(-1, (pairs, 2))) * cis[None, :, None, :]

@@ -127,7 +127,10 @@ class LearnedPositions(nn.Module):
         space = self.space
         if space.shape[2:] != x.shape[3:]:
             space = F.interpolate(space, tuple(x.shape[3:]), mode="bilinear")
-        first = torch.tensor([time == 0 for time in times], dtype=x.dtype, device=x.device)
+        first = x.new_zeros(len(times))  # filled on the device, which a CUDA graph can record
+        for index, time in enumerate(times):
+            if time == 0:
+                first[index] = 1
         return x + space[:, :, None] + first[:, None, None] * self.first[:, None, None, None]
 
 

@@ -29,6 +29,7 @@ from mla_study.model.attention import Piece
 from mla_study.model.cache import RollingCache
 from mla_study.model.storage import NAMES, Storage
 from mla_study.model.transformer import Conditioning, WanTransformer
+from mla_study.rollout.accelerate import Acceleration, Predict, accelerate
 from mla_study.rollout.faults import first_fault
 from mla_study.rollout.prompts import (
     Encoder,
@@ -123,6 +124,7 @@ class Rollout:
         prompt_at: further prompts, by the index of the first chunk that hears them.
         encode: text encoder where prompts are text.
         noise: replaces the seeded noise.
+        predict: the model's pass, from :func:`~mla_study.rollout.accelerate.accelerate`.
 
     Raises:
         UserError: prompts, sizes or a model that do not fit.
@@ -137,8 +139,10 @@ class Rollout:
         prompt_at: Mapping[int, Prompts] | None = None,
         encode: Encoder | None = None,
         noise: Noise | None = None,
+        predict: Predict | None = None,
     ) -> None:
         self.model = model
+        self.predict: Predict = predict or accelerate(model, Acceleration())
         _text_to_video(model.config)
         self.script = {0: embed(prompts, model.config, encode)}
         for chunk, later in (prompt_at or {}).items():
@@ -166,7 +170,7 @@ class Rollout:
         shape = (batch, model.config.in_channels, window.chunk, *size)
         self.noise: Noise = noise or SeededNoise(self.config.seed, shape)
         self._times = warped_steps(steps, model.config.flow.shift).tolist()
-        self._memory = self.cache.layers()
+        self.memory = self.cache.layers()
         self.recent: dict[int, Tensor] = {}
         self.next_chunk = 0
         self.conditioning = self.told_at(0)
@@ -193,14 +197,18 @@ class Rollout:
         x = self._draw(index, 0)
         clean = x
         for step, t in enumerate(self._times):
-            flow = self._predict(x, t, pieces, f"chunk {index}, step {step + 1}")
-            time = torch.tensor(t, dtype=torch.float64)
-            clean = x0_from_flow(x, flow, time)
-            if step + 1 < len(self._times):
+            flow = self._pass(x, t, pieces)
+            more = step + 1 < len(self._times)
+            # drawn while a GPU is still at the pass, and looked at only then
+            noise = self._draw(index, step + 1) if more else x
+            self._check(flow, x, t, pieces, f"chunk {index}, step {step + 1}")
+            clean = x0_from_flow(x, flow, torch.tensor(t, dtype=torch.float64))
+            if more:
                 later = torch.tensor(self._times[step + 1], dtype=torch.float64)
-                x = add_noise(clean, self._draw(index, step + 1), later)
+                x = add_noise(clean, noise, later)
         if self.config.clean_pass:
-            self._predict(clean, 0.0, pieces, f"chunk {index}, clean pass")
+            flow = self._pass(clean, 0.0, pieces)
+            self._check(flow, clean, 0.0, pieces, f"chunk {index}, clean pass")
         if self.config.recache:
             self.recent.update(zip(frames, clean.unbind(2), strict=True))
             kept = set(self.cache.visible_before(frames[-1] + 1))
@@ -216,18 +224,25 @@ class Rollout:
     def _draw(self, chunk: int, draw: int) -> Tensor:
         return self.noise(chunk, draw).to(self._device, self._dtype)
 
-    def _predict(
-        self, x: Tensor, t: float, pieces: Sequence[Piece], where: str
+    def _pass(
+        self, x: Tensor, t: float, pieces: Sequence[Piece]
     ) -> Float[Tensor, "B C f height width"]:
-        times = torch.full((x.shape[0],), t, dtype=torch.float32, device=self._device)
+        return self.predict(x, self._filled(x, t), self.conditioning, pieces, self.memory)
+
+    def _filled(self, x: Tensor, t: float) -> Tensor:
+        return torch.full((x.shape[0],), t, dtype=torch.float32, device=self._device)
+
+    def _check(
+        self, flow: Tensor, x: Tensor, t: float, pieces: Sequence[Piece], where: str
+    ) -> None:
+        if bool(torch.isfinite(flow).all()):
+            return
 
         def call() -> Tensor:
-            return self.model(x, times, self.conditioning, pieces=pieces, memory=self._memory)
+            times, memory = self._filled(x, t), self.memory
+            return self.model(x, times, self.conditioning, pieces=pieces, memory=memory)
 
-        flow = call()
-        if not bool(torch.isfinite(flow).all()):
-            raise UserError(f"{where} (t = {t:.6g}): {first_fault(self.model, call)}")
-        return flow
+        raise UserError(f"{where} (t = {t:.6g}): {first_fault(self.model, call)}")
 
     def _recache(self, start: int) -> None:
         """Fill the cache anew with what a chunk at ``start`` sees, oldest frames first."""
@@ -237,7 +252,8 @@ class Rollout:
             mine = tuple(f for f in visible if f // self.window.chunk == group)
             pieces = self._pieces(mine, gap=True)
             latents = torch.stack([self.recent[f] for f in mine], dim=2)
-            self._predict(latents, 0.0, pieces, f"re-cache of frames {mine[0]} to {mine[-1]}")
+            where = f"re-cache of frames {mine[0]} to {mine[-1]}"
+            self._check(self._pass(latents, 0.0, pieces), latents, 0.0, pieces, where)
 
     def _pieces(self, chunk: tuple[int, ...], gap: bool = False) -> list[Piece]:
         """Begin ``chunk`` in the cache, and what its passes need of masks and rotations."""
