@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything runs in .venv, which the first call builds.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup figures data test lint lab bench-probe bench-model bench-gpu clean
+.PHONY: help setup figures data test lint lab bench bench-probe bench-model bench-gpu clean
 BIN := .venv/bin
 
 # One BLAS thread a process: several processes share the cores, threads on top only wait.
@@ -42,6 +42,13 @@ bench-probe: setup ## compare rank-probe's speed with its floor and with WeightW
 
 bench-model: setup ## measure the model against diffusers and dense masks, its memory and long rollouts
 	@$(BIN)/mla-study bench-model $(ARGS)
+
+bench: setup ## measure the efficiency study on this CPU anew (half an hour, one thread)
+	@$(BIN)/mla-study calibrate
+	@$(BIN)/mla-study bench attention
+	@$(BIN)/mla-study bench memory
+	@$(BIN)/mla-study bench batch
+	@$(BIN)/mla-study data --fig fig_attribution
 
 bench-gpu: setup ## measure Wan 1.3B on a CUDA GPU, piece by piece (again goes on; ARGS='--pieces step')
 	@$(BIN)/mla-study bench gpu $(ARGS)

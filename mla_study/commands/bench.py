@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from mla_study.commands.bench_attention import BenchAttention
+from mla_study.commands.bench_rollout import Gpu, RolloutBench, Step
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,17 @@ class BenchBatch:
 
 BenchCommand = (
     Annotated[BenchAttention, tyro.conf.subcommand("attention")]
+    | Annotated[Step, tyro.conf.subcommand("step")]
+    | Annotated[RolloutBench, tyro.conf.subcommand("rollout")]
     | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
     | Annotated[BenchBatch, tyro.conf.subcommand("batch")]
+    | Annotated[Gpu, tyro.conf.subcommand("gpu")]
 )
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure the toolkit: a layer of attention, memory of a step, memory against batch.
+    """Measure: a layer of attention, a pass, a rollout, memory, memory against batch, all on a GPU.
 
     Example: mla-study bench memory --no-measure --no-write
     """

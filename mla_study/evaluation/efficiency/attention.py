@@ -24,7 +24,7 @@ from mla_study.config import LatentConfig, ModelConfig, wan_1_3b
 from mla_study.errors import UserError
 from mla_study.evaluation.efficiency.ceilings import Ceilings, ceilings
 from mla_study.evaluation.goals import Goal, Row
-from mla_study.evaluation.timing import Spread, Times, clock_of, interleaved
+from mla_study.evaluation.timing import Spread, Times, clock_of, interleaved, timed
 from mla_study.kernels.latent_attention.cost import (
     Cost,
     Shape,
@@ -46,6 +46,7 @@ Width = Literal["full", "quarter"]
 DENSE, DENSE_ROTATED = "dense, unrotated keys", "dense, rotated keys"
 BASES = (DENSE_ROTATED, DENSE)
 ROWS, COLUMNS = 30, 52  # tokens of a frame at 480x832
+BUDGET = 75.0  # seconds of turns at a shape; three turns are made in any case
 TOLERANCE = {"fp32": 2e-5, "fp16": 4e-3, "bf16": 4e-2}  # of a whole layer, against float64
 
 
@@ -295,7 +296,10 @@ def compare(
         for variant in variants
         if variant not in wrong
     }
-    times = interleaved(calls, repeats, 1, clock_of(device))
+    clock = clock_of(device)
+    turn = sum(timed(call, clock) for call in calls.values())
+    repeats = max(min(repeats, 3), min(repeats, int(BUDGET / max(turn, 1e-9))))
+    times = interleaved(calls, repeats, 1, clock)
     return Compared(width, queries, keys, NAMES[dtype], times, wrong)
 
 
