@@ -28,7 +28,7 @@ class BenchAttention:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     """fp32, bf16, fp16."""
     repeats: int = 9
-    """Interleaved turns after one of warm-up; fewer, at least three, where a shape takes minutes."""
+    """Interleaved turns after a warm-up; fewer, but three, where a shape takes minutes."""
     threads: int = 1
     """Threads of torch on the CPU; seconds are the process's CPU seconds."""
     device: str = "cpu"
