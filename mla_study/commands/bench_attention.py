@@ -8,7 +8,7 @@ from typing import Literal
 
 from mla_study.errors import UserError
 
-DEFAULT_SHAPES = ("1x15600", "4x15600", "16x15600", "1560x15600", "4680x15600", "4680x10920")
+DEFAULT_SHAPES = ("1x15600", "4x15600", "16x15600", "1560x15600", "4680x15600", "1560x10920")
 
 
 @dataclass(frozen=True)
