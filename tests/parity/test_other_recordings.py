@@ -207,5 +207,5 @@ def test_a_wrong_recording_fails(model: WanTransformer, save: Save) -> None:
 
 
 def test_an_unknown_prefix_has_no_replay() -> None:
-    assert replay_of("tf_loss") is None
+    assert replay_of("tfloss") is None
     assert replay_of("sf_rollout_evict_l9_s3_b4") is not None
