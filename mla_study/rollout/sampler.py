@@ -265,10 +265,11 @@ def over_latents(sigma: Tensor, x: Tensor) -> Tensor:
     sigma = sigma.to(x.device, torch.promote_types(x.dtype, torch.float32))
     if sigma.ndim == 0:
         return sigma
-    if sigma.ndim == 1 and sigma.shape[0] in (1, x.shape[0]):
-        return sigma.reshape(-1, *(1 for _ in x.shape[1:]))
-    if sigma.ndim == 2 and x.ndim == 5 and sigma.shape[1] in (1, x.shape[2]):
-        return sigma[:, None, :, None, None]
+    if sigma.ndim in (1, 2) and sigma.shape[0] in (1, x.shape[0]):
+        if sigma.ndim == 1:
+            return sigma.reshape(-1, *(1 for _ in x.shape[1:]))
+        if x.ndim == 5 and sigma.shape[1] in (1, x.shape[2]):
+            return sigma[:, None, :, None, None]
     raise UserError(
         f"timesteps of shape {list(sigma.shape)} do not fit latents of shape {list(x.shape)}: "
         "give one, one a sample [B], or one a frame [B, F] of latents [B, C, F, height, width]"

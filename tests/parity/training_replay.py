@@ -7,7 +7,7 @@ from parity.recording import Recording, frames_first
 from parity.scheduler_replay import told_number
 from torch import Tensor
 
-from mla_study.config import FlowConfig
+from mla_study.config import FlowConfig, WindowConfig
 from mla_study.kernels.masks import chunks_of, teacher_forcing
 from mla_study.rollout.sampler import add_noise, timestep_table
 from mla_study.training.flow import flow_matching_loss, loss_weights
@@ -129,11 +129,12 @@ def _mask(rec: Recording, loss: str) -> Tensor:
             if mask.ndim == 5:
                 return frames_first(mask)
             return mask.reshape(-1, 1, mask.shape[-1], 1, 1)
-    frames = rec["x"].shape[1]
-    usual = rec.facts.get("hyper", {}).get("num_frame_per_block", 3)
-    return gradient_window(
-        frames, int(told_number(rec.meaning(loss), r"first (\d+) frame", float(usual)))
-    )
+    told = [
+        told_number(rec.meaning(loss), r"first (\d+) frame", 0.0),
+        *(facts.get("num_frame_per_block", 0) for facts in (rec.facts.get("hyper", {}), rec.facts)),
+        WindowConfig().chunk,
+    ]
+    return gradient_window(rec["x"].shape[1], next(int(n) for n in told if n))
 
 
 def _table_shift(
