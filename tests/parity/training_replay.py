@@ -130,11 +130,14 @@ def _mask(rec: Recording, loss: str) -> Tensor:
                 return frames_first(mask)
             return mask.reshape(-1, 1, mask.shape[-1], 1, 1)
     told = [
-        told_number(rec.meaning(loss), r"first (\d+) frame", 0.0),
-        *(facts.get("num_frame_per_block", 0) for facts in (rec.facts.get("hyper", {}), rec.facts)),
+        told_number(rec.meaning(loss), r"first (\d+) frame", -1.0),
+        *(
+            facts.get("num_frame_per_block", -1)
+            for facts in (rec.facts.get("hyper", {}), rec.facts)
+        ),
         WindowConfig().chunk,
     ]
-    return gradient_window(rec["x"].shape[1], next(int(n) for n in told if n))
+    return gradient_window(rec["x"].shape[1], next(int(n) for n in told if n >= 0))
 
 
 def _table_shift(
