@@ -4,7 +4,8 @@ x_t = (1 - sigma) x0 + sigma noise with sigma = t / 1000, flow = noise - x0 (met
 "Training"). The arithmetic is that of :mod:`mla_study.rollout.sampler`, offered here again.
 
 Shapes: B batch, C channels, F latent frames, height x width of the latent. Latents are
-[B, C, F, height, width]; a timestep tensor ``t`` is float32 or float64 on the scale 0 .. 1000,
+[B, C, F, height, width] of any floating dtype, normalised by the codec; losses are computed in
+float32 at least. A timestep tensor ``t`` is float32 or float64 on the scale 0 .. 1000,
 where 0 is a clean latent: a scalar, one a sample [B], or one a frame [B, F].
 """
 

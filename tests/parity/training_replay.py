@@ -8,13 +8,11 @@ from parity.scheduler_replay import told_number
 from torch import Tensor
 
 from mla_study.config import FlowConfig, WindowConfig
-from mla_study.kernels.masks import chunks_of, teacher_forcing
-from mla_study.rollout.sampler import add_noise, timestep_table
+from mla_study.kernels.masks import teacher_forcing
+from mla_study.rollout.sampler import add_noise
 from mla_study.training.flow import flow_matching_loss, loss_weights
 from mla_study.training.objectives.distribution_matching import (
-    SCORE_BOUNDS,
     MixedTables,
-    bounded_timesteps,
     critic_loss,
     generator_loss,
     gradient_window,
@@ -31,10 +29,7 @@ def tf_loss(rec: Recording) -> None:
     clean, noise = frames_first(rec["clean"]), frames_first(rec["noise"])
     t, chunk, frames = rec["timestep"], rec.facts["num_frame_per_block"], rec["clean"].shape[1]
     rec.grid(clean)
-    for block in chunks_of(frames, chunk):
-        rec.equal("timestep", bool((t[:, block] == t[:, block[:1]]).all()), True)
-    shift = _table_shift(rec, rec.meaning("timestep"), clean, noise, t, "noisy")
-    rec.same("timestep", _nearest(t, timestep_table(shift)), most=1e-3)
+    shift = _table_shift(rec, rec.meaning("timestep"), clean, noise)
     rec.same("noisy", frames_first(add_noise(clean, noise, t, shift, "table")))
     context, clean_t = _augmented(rec, clean, noise, shift)
     flow = teacher_forcing_flow(
@@ -68,20 +63,13 @@ def dmd_losses(rec: Recording) -> None:
     """Gradient of the two scores, the generator's losses and gradient, and the critic's."""
     told = rec.facts.get("hyper", {})
     x, noise = frames_first(rec["x"]), frames_first(rec["noise"])
-    shift = float(told.get("timestep_shift", FlowConfig().shift))
-    bounds = (float(told.get("min_step", SCORE_BOUNDS[0])),
-              float(told.get("max_step", SCORE_BOUNDS[1])))  # fmt: skip
-    table = _table_shift(rec, "", x, noise, rec["timestep"], "noisy")
-    for prefix in ("", "critic_"):
-        t = rec[f"{prefix}timestep"]
-        rec.equal(f"{prefix}timestep", bool((t == t[:, :1]).all()), True)
-        rec.same(f"{prefix}timestep", _sampled(t, shift, bounds), most=1e-3)
-        mine = add_noise(x, noise, t, table, "table")
-        rec.same(f"{prefix}noisy", frames_first(mine))
+    table = _table_shift(rec, "", x, noise)
+    rec.same("noisy", frames_first(add_noise(x, noise, rec["timestep"], table, "table")))
     gradient = kl_gradient(
         x, _guided_fake(rec, float(told.get("fake_guidance_scale", 0.0))),
         frames_first(rec["pred_real_cond"]), frames_first(rec["pred_real_uncond"]),
         float(told.get("real_guidance_scale", told.get("guidance_scale", 3.0))),
+        normalise=bool(told.get("normalization", True)),
     )  # fmt: skip
     rec.same("kl_grad", frames_first(gradient))
     with torch.enable_grad():
@@ -102,6 +90,11 @@ def dmd_losses(rec: Recording) -> None:
 def _critic(rec: Recording, x: Tensor, noise: Tensor, table: float) -> None:
     flow, x_t = frames_first(rec["critic_flow"]), frames_first(rec["critic_noisy"])
     t = rec["critic_timestep"]
+    x, noise = (
+        frames_first(rec[f"critic_{name}"]) if f"critic_{name}" in rec else same
+        for name, same in (("x", x), ("noise", noise))
+    )
+    rec.same("critic_noisy", frames_first(add_noise(x, noise, t, table, "table")))
     exact = critic_loss(flow, x, noise, x_t, t)
     rec.same("critic_loss_exact", _scalar(exact, rec["critic_loss_exact"]))
     name = "critic_loss_upstream"
@@ -140,9 +133,7 @@ def _mask(rec: Recording, loss: str) -> Tensor:
     return gradient_window(rec["x"].shape[1], next(int(n) for n in told if n >= 0))
 
 
-def _table_shift(
-    rec: Recording, text: str, x0: Tensor, noise: Tensor, t: Tensor, made: str
-) -> float:
+def _table_shift(rec: Recording, text: str, x0: Tensor, noise: Tensor) -> float:
     """The shift of the table that noised; where sources disagree, the one that fits."""
     hyper = rec.facts.get("hyper", rec.facts)
     told = [
@@ -151,22 +142,9 @@ def _table_shift(
         float(hyper.get("timestep_shift", 0.0)),
         FlowConfig().shift,
     ]
-    theirs = frames_first(rec[made])
+    t, theirs = rec["timestep"], frames_first(rec["noisy"])
     gaps = {s: (add_noise(x0, noise, t, s, "table") - theirs).abs().max() for s in told if s}
     return min(gaps, key=lambda s: float(gaps[s]))
-
-
-def _sampled(t: Tensor, shift: float, bounds: tuple[float, float]) -> Tensor:
-    """What our sampling makes of the whole numbers that must have been drawn for ``t``."""
-    v, by = t.double() / 1000, max(shift, 1.0)
-    drawn = (1000 * v / (by - (by - 1) * v)).round()
-    low, high = bounds
-    drawn = drawn.masked_fill(t <= low, 0).masked_fill(t >= high, 1000)
-    return bounded_timesteps(drawn, shift, bounds)
-
-
-def _nearest(t: Tensor, table: Tensor) -> Tensor:
-    return table[(t.double()[..., None] - table).abs().argmin(-1)]
 
 
 def _scalar(mine: Tensor, theirs: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class MixedTables:
 
     It turns the scores' flow into x0 by the table of one shift (the default of its model wrapper,
     8), and x0 into the flow that its critic loss scores by the table of another (the generator's,
-    5). Near table entries differ, so the round trip scales the critic's flow error: little at high
-    noise, by some per cent near the lower bound.
+    5). Nearest entries of the two differ, which scales the flow that is scored: by up to 20 % at
+    timesteps below 50, and by less than 0.4 % above 500.
     """
 
     score: float = 8.0

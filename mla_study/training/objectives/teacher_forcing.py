@@ -48,7 +48,7 @@ def clean_and_noisy(
         clean_t: the same of ``clean``; None: 0, a clean latent.
     """
     batch, _, frames = noisy.shape[:3]
-    times = per_frame(t, batch, frames)
+    times = per_frame(t, batch, frames).to(noisy.device)
     context = torch.zeros_like(t) if clean_t is None else clean_t
     both = torch.cat([per_frame(context, batch, frames).to(times), times], dim=1)
     return torch.cat([clean.to(noisy), noisy], dim=2), both

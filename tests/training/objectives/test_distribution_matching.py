@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from training.gaussians import Gaussian, latents
 
@@ -16,6 +19,12 @@ SHAPE = (3, 2, 5, 1, 7)
 
 def some(*seeds: int) -> list[Tensor]:
     return [latents(seed, *SHAPE) for seed in seeds]
+
+
+def test_bounded_times_are_the_recorded_ones(fixtures: Path) -> None:
+    recorded = load_file(fixtures / "flow_scheduler.safetensors")
+    mine = d.bounded_timesteps(recorded["dmd_uniform_t"], 5.0)
+    assert (mine - recorded["dmd_shifted_clamped_t"]).abs().max() < 1e-3
 
 
 def test_scores_are_asked_at_one_bounded_time_a_sample() -> None:
