@@ -103,7 +103,7 @@ def add_noise(
         x0, noise: clean latents and Gaussian noise, of equal shape [B, ...].
         t: timesteps, see the module's text; ``shift`` matters to the ``table`` look-up only.
     """
-    sigma = _over(sigma_at(t, lookup, shift), x0)
+    sigma = over_latents(sigma_at(t, lookup, shift), x0)
     return ((1 - sigma) * x0.to(sigma.dtype) + sigma * noise.to(sigma.dtype)).to(x0.dtype)
 
 
@@ -111,7 +111,7 @@ def x0_from_flow(
     x_t: Tensor, flow: Tensor, t: Tensor, shift: float = 5.0, lookup: Lookup = "exact"
 ) -> Tensor:
     """x_t - sigma flow: the clean latent that a flow prediction means, in the dtype of ``x_t``."""
-    sigma = _over(sigma_at(t, lookup, shift), x_t)
+    sigma = over_latents(sigma_at(t, lookup, shift), x_t)
     return (x_t.to(sigma.dtype) - sigma * flow.to(sigma.dtype)).to(x_t.dtype)
 
 
@@ -126,7 +126,7 @@ def flow_from_x0(
     levels = sigma_at(t, lookup, shift)
     if bool((levels == 0).any()):
         raise UserError("the flow at timestep 0 does not follow from x0: ask at t > 0")
-    sigma = _over(levels, x_t)
+    sigma = over_latents(levels, x_t)
     return ((x_t.to(sigma.dtype) - x0.to(sigma.dtype)) / sigma).to(x_t.dtype)
 
 
@@ -253,15 +253,23 @@ def _nearest(t: Tensor, table: Tensor) -> Tensor:
     return (t.double()[..., None] - table).abs().argmin(-1)
 
 
-def _over(sigma: Tensor, x: Tensor) -> Tensor:
-    """Sigma in the dtype of the arithmetic, shaped to broadcast over latents ``x``."""
+def over_latents(sigma: Tensor, x: Tensor) -> Tensor:
+    """Noise levels shaped to broadcast over latents ``x``; float32 at least.
+
+    Args:
+        sigma: a scalar, one a sample [B], or one a frame [B, F] of [B, C, F, height, width].
+
+    Raises:
+        UserError: a shape that does not fit ``x``.
+    """
     sigma = sigma.to(x.device, torch.promote_types(x.dtype, torch.float32))
     if sigma.ndim == 0:
         return sigma
-    if sigma.ndim == 1 and sigma.shape[0] in (1, x.shape[0]):
-        return sigma.reshape(-1, *(1 for _ in x.shape[1:]))
-    if sigma.ndim == 2 and x.ndim == 5 and sigma.shape[1] in (1, x.shape[2]):
-        return sigma[:, None, :, None, None]
+    if sigma.ndim in (1, 2) and sigma.shape[0] in (1, x.shape[0]):
+        if sigma.ndim == 1:
+            return sigma.reshape(-1, *(1 for _ in x.shape[1:]))
+        if x.ndim == 5 and sigma.shape[1] in (1, x.shape[2]):
+            return sigma[:, None, :, None, None]
     raise UserError(
         f"timesteps of shape {list(sigma.shape)} do not fit latents of shape {list(x.shape)}: "
         "give one, one a sample [B], or one a frame [B, F] of latents [B, C, F, height, width]"

@@ -6,6 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from parity.making import CONFIG, Save, small_model
+from parity.recording import Recording
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mla_study.model.transformer import WanTransformer
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
@@ -40,3 +46,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("largest difference of every replayed tensor")
         for line in lines:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def model() -> WanTransformer:
+    """A small dense model that recordings are made with."""
+    return small_model()
+
+
+@pytest.fixture
+def save(tmp_path: Path, model: WanTransformer) -> Save:
+    """Write tensors and facts as a recording."""
+
+    def write(name: str, tensors: dict[str, Tensor], facts: dict[str, object]) -> Recording:
+        folder = tmp_path / "weights"
+        folder.mkdir()
+        save_file(model.state_dict(), folder / "w.safetensors")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / f"{name}.safetensors")
+        text = json.dumps({"config": CONFIG, "weights": "weights/w.safetensors", **facts})
+        (tmp_path / f"{name}.json").write_text(text)
+        return Recording(tmp_path / f"{name}.json", tmp_path / "nowhere")
+
+    return write

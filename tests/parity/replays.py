@@ -9,6 +9,7 @@ import torch
 from parity.recording import Recording
 from parity.rollout_replay import rollout
 from parity.scheduler_replay import flow_scheduler
+from parity.training_replay import dmd_losses, tf_loss
 from torch import Tensor
 
 from mla_study.config import WindowConfig
@@ -130,6 +131,8 @@ REPLAYS: dict[str, Callable[[Recording], None]] = {
     "sf_rollout_evict": rollout,
     "longlive_relative_rope": rollout,
     "flow_scheduler": flow_scheduler,
+    "tf_loss": tf_loss,
+    "dmd_loss": dmd_losses,
 }
 
 

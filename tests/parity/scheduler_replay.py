@@ -21,7 +21,8 @@ from mla_study.rollout.sampler import (
 )
 
 
-def _number(text: str, pattern: str, default: float) -> float:
+def told_number(text: str, pattern: str, default: float) -> float:
+    """The number that a pattern finds in a meaning."""
     found = re.search(pattern, text)
     return float(found[1]) if found else default
 
@@ -42,7 +43,9 @@ def _tables(rec: Recording, name: str) -> bool:
             rec.same(name, warped_steps(steps, shift), most=1e-3)
         return True
     if found := re.fullmatch(r"cd(\d+)_(sigmas|timesteps)", name):
-        shift = _number(rec.meaning(f"cd{found[1]}_sigmas"), r"shift ([\d.]+)", FlowConfig().shift)
+        shift = told_number(
+            rec.meaning(f"cd{found[1]}_sigmas"), r"shift ([\d.]+)", FlowConfig().shift
+        )
         table = sigma_table if found[2] == "sigmas" else timestep_table
         rec.same(name, table(shift, int(found[1])), most=1e-3 if found[2] == "timesteps" else 1e-4)
         return True
@@ -64,7 +67,7 @@ def flow_scheduler(rec: Recording) -> None:
     """Tables, and conversions between flow, x0 and noise by the nearest entry of a table."""
     shift = _own_shift(rec)
     for name in rec.tensors:
-        late = rec["t"] >= _number(rec.meaning(name), r"t ?>= ?([\d.]+)", 0.0)
+        late = rec["t"] >= told_number(rec.meaning(name), r"t ?>= ?([\d.]+)", 0.0)
         x_t, t, flow = rec["add_noise"], rec["t"], rec["flow"]
         if _tables(rec, name):
             continue
@@ -84,7 +87,7 @@ def flow_scheduler(rec: Recording) -> None:
             rec.same(name, bell_weight_at(t, shift))
         elif name == "dmd_shifted_clamped_t":
             text = rec.meaning(name)
-            mine = shifted_timesteps(rec["dmd_uniform_t"], _number(text, r"([\d.]+)u/", shift))
+            mine = shifted_timesteps(rec["dmd_uniform_t"], told_number(text, r"([\d.]+)u/", shift))
             if bounds := re.search(r"clamp \[([\d.]+), ?([\d.]+)\]", text):
                 mine = mine.clamp(float(bounds[1]), float(bounds[2]))
             rec.same(name, mine, most=1e-3)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
-from parity.recording import Recording
+from parity.making import Save, replay
 from parity.replays import replay_of
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mla_study.config import ModelConfig, WindowConfig
+from mla_study.config import WindowConfig
 from mla_study.kernels.masks import Visibility, chunk_causal, teacher_forcing
 from mla_study.model.transformer import WanTransformer
 from mla_study.rollout.sampler import (
@@ -23,44 +18,6 @@ from mla_study.rollout.sampler import (
     warped_steps,
     x0_from_flow,
 )
-
-Save = Callable[[str, dict[str, Tensor], dict[str, object]], Recording]
-CONFIG = {
-    "model_type": "t2v", "patch_size": [1, 2, 2], "text_len": 5, "in_dim": 3, "dim": 48,
-    "ffn_dim": 40, "freq_dim": 16, "text_dim": 7, "out_dim": 3, "num_heads": 2, "num_layers": 2,
-    "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model() -> WanTransformer:
-    torch.manual_seed(3)
-    small = ModelConfig(
-        name="small", layers=2, width=48, heads=2, ffn_width=40, freq_dim=16, text_dim=7,
-        text_len=5, in_channels=3, out_channels=3,
-    )  # fmt: skip
-    return WanTransformer(small).eval()
-
-
-@pytest.fixture
-def save(tmp_path: Path, model: WanTransformer) -> Save:
-    def write(name: str, tensors: dict[str, Tensor], facts: dict[str, object]) -> Recording:
-        folder = tmp_path / "weights"
-        folder.mkdir()
-        save_file(model.state_dict(), folder / "w.safetensors")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / f"{name}.safetensors")
-        text = json.dumps({"config": CONFIG, "weights": "weights/w.safetensors", **facts})
-        (tmp_path / f"{name}.json").write_text(text)
-        return Recording(tmp_path / f"{name}.json", tmp_path / "nowhere")
-
-    return write
-
-
-def replay(rec: Recording) -> None:
-    run = replay_of(rec.name)
-    assert run is not None
-    with torch.no_grad():
-        run(rec)
 
 
 @pytest.mark.parametrize(
@@ -207,5 +164,5 @@ def test_a_wrong_recording_fails(model: WanTransformer, save: Save) -> None:
 
 
 def test_an_unknown_prefix_has_no_replay() -> None:
-    assert replay_of("tf_loss") is None
+    assert replay_of("tfloss") is None
     assert replay_of("sf_rollout_evict_l9_s3_b4") is not None

@@ -1,0 +1,147 @@
+"""Consistency distillation: a student whose x0 is the same all along the teacher's guided flow.
+
+A grid of falling timesteps ends at 0. From x_t the guided teacher makes one Euler step to x_t';
+the student's x0 at (x_t, t) is drawn to that of its moving average at (x_t', t') (Song et al. 2023,
+"Consistency Models", eq. 7, with the flow's own x0 = x_t - sigma flow as the consistency function,
+whose boundary condition holds by itself: sigma = 0 returns the input).
+
+Shapes as in :mod:`mla_study.training.flow`.
+
+Example::
+
+    grid = consistency_grid(48, shift)
+    t, later = interval_timesteps(grid, batch, frames, chunk, generator)
+    x_t = add_noise(x0, noise, t)
+    x_next = consistency_step(x_t, cond, uncond, t, later, guidance=3.0)
+    loss = consistency_loss(x0_from_flow(x_t, student, t), x0_from_flow(x_next, average, later))
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mla_study.errors import UserError
+from mla_study.rollout.sampler import over_latents, timestep_table
+from mla_study.training.flow import Convention, block_draws, guide, sigma_at, wide, x0_from_flow
+
+__all__ = [
+    "HUBER",
+    "Distance",
+    "consistency_grid",
+    "consistency_loss",
+    "consistency_step",
+    "interval_timesteps",
+    "x0_from_flow",
+]
+
+HUBER = 0.00054
+"""Constant of the pseudo-Huber distance for a root mean square over D scalars: Song and Dhariwal
+(2024, "Improved Techniques for Training Consistency Models", sec. 3.3) take 0.00054 sqrt(D) for the
+Euclidean norm, which divided by sqrt(D) is this."""
+
+Distance = Literal["pseudo_huber", "squared"]
+
+
+def consistency_grid(intervals: int, shift: float) -> Float[Tensor, " N"]:
+    """``intervals`` + 1 timesteps falling from 1000 to 0, uniform before the shift; float64.
+
+    All but the last are those of the reference's grid, which stops one interval above 0 and so
+    never trains the interval that ties x0 to the data.
+
+    Raises:
+        UserError: fewer than one interval, or a shift that is not positive.
+    """
+    if intervals < 1:
+        raise UserError(f"a grid of {intervals} intervals is none: give at least 1")
+    return timestep_table(shift, intervals + 1, extra_one_step=False)
+
+
+def interval_timesteps(
+    grid: Float[Tensor, " N"],
+    batch: int,
+    frames: int,
+    chunk: int,
+    generator: torch.Generator,
+    first: int | None = None,
+) -> tuple[Float[Tensor, "{batch} {frames}"], Float[Tensor, "{batch} {frames}"]]:
+    """Neighbouring timesteps (t, t') of the grid, t > t', drawn uniformly; float32.
+
+    Args:
+        grid: falling timesteps, see :func:`consistency_grid`.
+        chunk, generator, first: as in :func:`~mla_study.training.flow.block_draws`; a ``chunk`` of
+            ``frames`` draws one interval a sample.
+    """
+    drawn = block_draws(batch, frames, chunk, 0, grid.numel() - 1, generator, first)
+    points = grid.to(drawn.device, torch.float32)
+    return points[drawn], points[drawn + 1]
+
+
+def consistency_step(
+    x_t: Float[Tensor, "B C F height width"],
+    flow_cond: Float[Tensor, "B C F height width"],
+    flow_uncond: Float[Tensor, "B C F height width"] | None,
+    t: Tensor,
+    t_next: Tensor,
+    guidance: float,
+    convention: Convention = "from_uncond",
+) -> Float[Tensor, "B C F height width"]:
+    """One Euler step of dx / dsigma = flow along the guided teacher: x_t + (sigma' - sigma) flow.
+
+    Computed in float32 at least, returned in the dtype of ``x_t`` and cut from the graph: nothing
+    flows into the teacher.
+
+    Args:
+        x_t: latents at ``t``.
+        flow_cond, flow_uncond: the teacher's flow at (x_t, t) with the prompt and without; without
+            the second there is no guidance.
+        t, t_next: timesteps 0 .. 1000, float32 or float64, t_next <= t: scalars, [B] or [B, F].
+            At ``t_next`` = 0 the result is the teacher's x0.
+        guidance: weight w of ``convention``. In consistency code "CFG 3" is ``from_uncond``:
+            uncond + 3 (cond - uncond), which distribution matching calls 2.
+
+    Raises:
+        UserError: 16-bit timesteps, shapes that do not fit, a step towards more noise.
+    """
+    sigma, later = (over_latents(sigma_at(time), wide(x_t)) for time in (t, t_next))
+    if bool((later > sigma).any()):
+        raise UserError("a consistency step goes to less noise, but t_next is above t: swap them")
+    with torch.no_grad():
+        flow = wide(flow_cond)
+        if flow_uncond is not None:
+            flow = guide(flow, wide(flow_uncond), guidance, convention)
+        return (wide(x_t) + (later - sigma) * flow).to(x_t.dtype)
+
+
+def consistency_loss(
+    student_x0: Float[Tensor, "B C F height width"],
+    ema_x0: Float[Tensor, "B C F height width"],
+    weight: Float[Tensor, " B"] | None = None,
+    distance: Distance = "pseudo_huber",
+    constant: float = HUBER,
+) -> Float[Tensor, ""]:
+    """Mean over samples of the distance of two clean latents; float32 at least.
+
+    With m the mean square of their difference over a sample's scalars, ``pseudo_huber`` is
+    sqrt(m + c^2) - c and ``squared`` is m. No gradient flows into ``ema_x0``.
+
+    Args:
+        student_x0: x_t - sigma flow of the student at t.
+        ema_x0: the same of its moving average at the step's end, t'.
+        weight: a weight a sample; None: all 1.
+        constant: c > 0 in the units of the latents. The default is the published 0.00054 sqrt(D),
+            divided by sqrt(D) like the distance, so that neither depends on the size of a clip.
+    """
+    if distance not in get_args(Distance):
+        raise UserError(f"distance '{distance}': give {' or '.join(get_args(Distance))}")
+    if not constant > 0:
+        raise UserError(f"the pseudo-Huber constant is {constant}, but it must be positive")
+    gap = wide(student_x0) - wide(ema_x0.detach())
+    far = gap.square().flatten(1).mean(dim=1)
+    if distance == "pseudo_huber":
+        # sqrt(m + c^2) - c without the cancellation at small m
+        far = far / ((far + constant**2).sqrt() + constant)
+    return far.mean() if weight is None else (weight.to(far) * far).mean()

@@ -1,0 +1,106 @@
+"""Teacher forcing: chunk-causal flow matching with the clean earlier frames as context.
+
+Clean and noisy copies of a clip run in one sequence of 2 F frames under the mask of
+:func:`mla_study.kernels.masks.teacher_forcing`; only the noisy half is scored (method, section
+"Training"). With a window both copies see what the rollout's cache would hold, sink included.
+
+Shapes as in :mod:`mla_study.training.flow`.
+
+Example::
+
+    t = block_timesteps(batch, frames, window.chunk, shift, generator)
+    rule = teacher_forcing(frames, window.chunk, window, "relative")
+    flow = teacher_forcing_flow(model, add_noise(x0, noise, t), x0, t, conditioning, rule)
+    loss = teacher_forcing_loss(flow, x0, noise, t, shift)
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mla_study.errors import UserError
+from mla_study.kernels.masks import Visibility, teacher_forcing
+from mla_study.model.transformer import Conditioning, WanTransformer
+from mla_study.training.flow import Weighting, flow_matching_loss, loss_weights, per_frame
+
+__all__ = [
+    "clean_and_noisy",
+    "teacher_forcing",
+    "teacher_forcing_flow",
+    "teacher_forcing_loss",
+]
+
+
+def clean_and_noisy(
+    clean: Float[Tensor, "B C F height width"],
+    noisy: Float[Tensor, "B C F height width"],
+    t: Tensor,
+    clean_t: Tensor | None = None,
+) -> tuple[Float[Tensor, "B C 2*F height width"], Float[Tensor, "B 2*F"]]:
+    """The sequence of teacher forcing and its timesteps: frames 0 .. F-1 clean, then the noisy.
+
+    Args:
+        clean: context latents; those of noise augmentation are x_t at ``clean_t``.
+        noisy: latents to denoise.
+        t: timesteps 0 .. 1000 of ``noisy``, float32 or float64: a scalar, [B] or [B, F].
+        clean_t: the same of ``clean``; None: 0, a clean latent.
+    """
+    batch, _, frames = noisy.shape[:3]
+    times = per_frame(t, batch, frames).to(noisy.device)
+    context = torch.zeros_like(t) if clean_t is None else clean_t
+    both = torch.cat([per_frame(context, batch, frames).to(times), times], dim=1)
+    return torch.cat([clean.to(noisy), noisy], dim=2), both
+
+
+def teacher_forcing_flow(
+    model: WanTransformer,
+    noisy: Float[Tensor, "B C F height width"],
+    clean: Float[Tensor, "B C F height width"],
+    t: Tensor,
+    conditioning: Conditioning,
+    rule: Visibility,
+    clean_t: Tensor | None = None,
+) -> Float[Tensor, "B C2 F height width"]:
+    """The model's flow at every noisy frame, given the clean frames before its chunk.
+
+    One pass stands for one step of each chunk of a rollout over perfect history; consistency
+    distillation asks student, target and teacher in this way too.
+
+    Args:
+        noisy, clean, t, clean_t: as in :func:`clean_and_noisy`.
+        conditioning: of the prompts, from ``model.condition``.
+        rule: from :func:`mla_study.kernels.masks.teacher_forcing` for F frames.
+
+    Raises:
+        UserError: a rule of another number of frames.
+    """
+    frames = noisy.shape[2]
+    if rule.frames != 2 * frames:
+        raise UserError(
+            f"the rule is for {rule.frames} frames, but clean and noisy copies of {frames} are "
+            f"{2 * frames}: make it by teacher_forcing({frames}, ...)"
+        )
+    both, times = clean_and_noisy(clean, noisy, t, clean_t)
+    return model(both, times, conditioning, rule)[:, :, frames:]
+
+
+def teacher_forcing_loss(
+    flow: Float[Tensor, "B C F height width"],
+    clean: Float[Tensor, "B C F height width"],
+    noise: Float[Tensor, "B C F height width"],
+    t: Tensor,
+    shift: float,
+    weighting: Weighting = "bell",
+) -> Float[Tensor, ""]:
+    """mean over samples and frames of w(t) |flow - (noise - clean)|^2 (flow matching).
+
+    Args:
+        flow: the noisy half's prediction, see :func:`teacher_forcing_flow`.
+        clean, noise: clean latents and the Gaussian noise that was added to them.
+        t: timesteps 0 .. 1000 of the noisy half, float32 or float64: a scalar, [B] or [B, F].
+        shift: timestep shift of the table over which the ``bell`` weights have mean 1.
+    """
+    weight = loss_weights(per_frame(t, flow.shape[0], flow.shape[2]), shift, weighting)
+    return flow_matching_loss(flow, clean, noise, weight)
