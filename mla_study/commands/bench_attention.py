@@ -48,6 +48,8 @@ class BenchAttention:
         for dtype in self.dtypes:
             if dtype not in ("fp32", "bf16", "fp16"):
                 raise UserError(f"--dtypes {dtype}: give some of fp32, bf16, fp16")
+        if not shapes or not self.dtypes:
+            raise UserError("--shapes and --dtypes name what is measured: give at least one each")
         if self.repeats < 1 or self.threads < 1:
             raise UserError("--repeats and --threads must be at least 1")
         device = usable_device(self.device)

@@ -60,6 +60,8 @@ class Dispatch:
         kind = self.device.partition(":")[0]
         if kind not in ("cpu", "cuda"):
             raise UserError(f"there is no device '{self.device}': give cpu or cuda")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads is {self.threads}, but it must be at least 1")
         dtype = self.dtype or ("bf16" if fast_bf16(kind) else "fp32")
         shape = Shape(
             self.queries, self.keys, self.batch, self.heads, self.d_c, self.d_rope, self.d_head,
@@ -136,6 +138,8 @@ class Calibrate:
 
         if self.threads < 1:
             raise UserError(f"--threads is {self.threads}, but it must be at least 1")
+        if not self.dtypes:
+            raise UserError("--dtypes is empty: give some of fp32, bf16, fp16")
         for dtype in self.dtypes:
             if dtype not in ("fp32", "bf16", "fp16"):
                 raise UserError(f"--dtypes {dtype}: give some of fp32, bf16, fp16")

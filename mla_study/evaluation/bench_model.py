@@ -182,24 +182,17 @@ def against_dense_masks(frames: int, size: tuple[int, int], repeats: int) -> lis
 
 _PEAK = """
 import sys
-from pathlib import Path
 import torch
 from mla_study.config import WindowConfig
 from mla_study.evaluation.bench_model import QUARTER, training_passes
-
-def status(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(l.split()[1]) for l in lines if l.startswith(name)) * 1024
+from mla_study.evaluation.efficiency.step_memory import peak_of
 
 torch.set_num_threads(1)
 frames, which, *size = map(int, sys.argv[1:])
 warm = training_passes(QUARTER, 3, tuple(size), WindowConfig(), False)[which]
 warm()
 call = training_passes(QUARTER, frames, tuple(size), WindowConfig(), False)[which]
-Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS")
-call()
-print(status("VmHWM") - before)
+print(peak_of(call, torch.device("cpu")))
 """
 
 

@@ -65,9 +65,11 @@ class Times:
 
     @property
     def noise(self) -> Spread:
-        """The first variant over itself: what no difference means."""
-        first = next(iter(self.seconds))
-        return self.ratio(first + AGAIN, first)
+        """The first variant over itself: what no difference means; NaN where it could not run."""
+        twin = next((name for name in self.seconds if name.endswith(AGAIN)), None)
+        if twin is None:
+            return Spread(float("nan"), float("nan"), float("nan"))
+        return self.ratio(twin, twin.removesuffix(AGAIN))
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -97,7 +99,8 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
     for turn in range(-warm_up, repeats):
-        for name, call in calls.items():
+        for again, call in calls.items():
+            name = again.removesuffix(AGAIN)
             if name in errors:
                 continue
             try:
@@ -111,10 +114,10 @@ def interleaved(
                 free_device_memory()
             else:
                 if turn >= 0:
-                    seconds[name].append(spent)
+                    seconds[again].append(spent)
         on_turn(turn + warm_up + 1)
-    kept = {name: tuple(values) for name, values in seconds.items() if name not in errors}
-    return Times(clock, kept, {n: e for n, e in errors.items() if not n.endswith(AGAIN)})
+    kept = {n: tuple(s) for n, s in seconds.items() if n.removesuffix(AGAIN) not in errors}
+    return Times(clock, kept, errors)
 
 
 def timed(call: Callable[[], object], clock: Clock) -> float:

@@ -53,8 +53,8 @@ class RingStep(LayerStep, Protocol):
     """A pass over a ring that is written in place: what it holds of the past stays as it is."""
 
     @property
-    def turn(self) -> int:
-        """Equal as long as the past is the same; no two caches share one."""
+    def held(self) -> list[Entry]:
+        """What a layer keeps while the past is the same: emptied when it changes."""
         ...
 
     @property
@@ -161,7 +161,8 @@ class LatentSelfAttention(SelfAttention):
             the form that :mod:`~mla_study.kernels.latent_attention.dispatch` finds fastest.
         head_group: heads that ``reconstruct`` expands at a time.
         keep_expanded: hold the expanded keys and values over the passes of a chunk, which is the
-            memory of a dense cache again; only where a ring is read without gradients.
+            memory of a dense cache again, and goes with the cache; only where a ring is read
+            without gradients.
     """
 
     def __init__(self, config: ModelConfig, latent: LatentConfig, bias: bool = True) -> None:
@@ -171,7 +172,6 @@ class LatentSelfAttention(SelfAttention):
         self.form = "auto"
         self.head_group: int | None = None
         self.keep_expanded = False
-        self._held: tuple[int, Tensor, Tensor] | None = None
         self.kv_down = nn.Linear(d, latent.d_c, bias=False)
         self.kv_norm = RMSNorm(latent.d_c, config.eps)
         self.k_rope = nn.Linear(d, latent.d_rope, bias=bias)
@@ -204,7 +204,6 @@ class LatentSelfAttention(SelfAttention):
         if held and isinstance(memory, RingStep):
             query, entry = self.query(x), memory.extend(self.entry(x))
             return self.o(self._attend_held(query, entry, pieces[0], memory))
-        self._held = None
         return super().forward(x, pieces, memory)
 
     def mix(self, query: Query, entry: Entry, turn_q: Rotation, turn_k: Rotation) -> Tensor:
@@ -254,15 +253,14 @@ class LatentSelfAttention(SelfAttention):
 
     def _attend_held(self, query: Query, entry: Entry, piece: Piece, ring: RingStep) -> Tensor:
         c = entry[0].to(query[0].dtype)
-        if self._held is None or self._held[0] != ring.turn:
-            self._held = (ring.turn, *expanded(c, *self._ups()))
+        if not ring.held:
+            ring.held.append(expanded(c, *self._ups()))
         else:
             for tokens in ring.fresh:
-                for held, made in zip(
-                    self._held[1:], expanded(c[:, tokens], *self._ups()), strict=True
-                ):
+                fresh = expanded(c[:, tokens], *self._ups())
+                for held, made in zip(ring.held[0], fresh, strict=True):
                     held[:, tokens] = made
-        return self._mix_expanded(query, self._held[1:], entry[1], piece)
+        return self._mix_expanded(query, ring.held[0], entry[1], piece)
 
 
 class CrossAttention(nn.Module):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from math import prod
 from typing import get_args
 
@@ -25,8 +24,6 @@ from mla_study.errors import UserError
 from mla_study.kernels.masks import window_frames
 from mla_study.model.attention import Entry, LayerStep
 from mla_study.model.storage import DTYPES, SCHEMES, Slots, Storage, rounded
-
-_TURNS = count()
 
 
 @dataclass(frozen=True)
@@ -107,11 +104,11 @@ class RollingCache:
         ]
         self._graph: list[dict[int, Entry]] = [{} for _ in self._layers]
         self._runs: list[tuple[slice, slice]] = []
-        self._turn = next(_TURNS)
+        self._held: list[list[Entry]] = [[] for _ in self._layers]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, scales included."""
+        """Bytes allocated, scales included; what layers hold expanded besides is not counted."""
         return sum(t.nbytes for pair in self._layers for slots in pair for t in slots.tensors())
 
     @property
@@ -124,8 +121,12 @@ class RollingCache:
         """Forget every frame; the memory stays."""
         self.frames.clear()
         self.chunk = ()
-        self._turn = next(_TURNS)
+        self._forget()
         self.detach()
+
+    def _forget(self) -> None:
+        for held in self._held:
+            held.clear()
 
     def detach(self) -> None:
         """Let go of the graphs of all entries; their values stay."""
@@ -162,7 +163,7 @@ class RollingCache:
         if wanted != set(self.frames):
             self._make_room(wanted, new)
         if self.chunk != tuple(new):
-            self._turn = next(_TURNS)
+            self._forget()
         self.chunk = tuple(new)
         self._runs = _runs([self.frames.index(frame) for frame in new])
         return list(self.frames)
@@ -284,9 +285,9 @@ class LayerView:
         return self.cache._runs  # pyright: ignore[reportPrivateUsage]
 
     @property
-    def turn(self) -> int:
-        """Equal as long as the past is the same; no two caches share one."""
-        return self.cache._turn  # pyright: ignore[reportPrivateUsage]
+    def held(self) -> list[Entry]:
+        """What the layer keeps while the past is the same; a pass with gradients empties it."""
+        return self.cache._held[self.index]  # pyright: ignore[reportPrivateUsage]
 
     @property
     def fresh(self) -> tuple[slice, ...]:
@@ -301,7 +302,10 @@ class LayerView:
 
     def step(self) -> LayerStep:
         """What one pass of the model writes to and reads from."""
-        return _GraphStep(self) if torch.is_grad_enabled() else self
+        if not torch.is_grad_enabled():
+            return self
+        self.held.clear()
+        return _GraphStep(self)
 
     def framed(self, values: Tensor, count: int) -> Tensor:
         """[B, count * T, ...] to [B, count, T, ...]; UserError where they do not fit the cache."""

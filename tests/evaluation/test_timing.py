@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -44,6 +45,19 @@ def test_out_of_memory_leaves_one_variant_out() -> None:
     assert times.errors == {"big": "OOM"}
     assert set(times.seconds) == {"small", "small" + AGAIN}
     assert calls["big"] == 3
+
+    # where the first cannot run, or has no second run, there is no noise
+    for fails in (lambda turn: True, lambda turn: turn % 2 == 1):
+        turns = iter(range(9))
+
+        def first(fails: Callable[[int], bool] = fails, turns: Iterator[int] = turns) -> None:
+            if fails(next(turns)):
+                raise MemoryError
+
+        times = interleaved({"first": first, "other": lambda: None}, 2, 0, "wall")
+        assert times.errors == {"first": "OOM"} and set(times.seconds) == {"other"}
+        assert np.isnan(times.noise.median)
+    assert np.isnan(interleaved({}, 2).noise.median)
 
     def wrong() -> None:
         raise RuntimeError("shapes do not fit")

@@ -137,6 +137,35 @@ def test_kept_expansions_change_nothing(sink: int, history: int, chunk: int, see
     assert x.grad is not None
 
 
+def test_kept_expansions_go_with_their_cache(seed: int) -> None:
+    model = keep(make(LATENT, seed), True)
+    x, t, conditioning = random_pass(model, 1, 2, seed)
+    cache = RollingCache(model.config, WindowConfig(1, 2, 2), 1, 6, "fp32")
+    view = cache.layers()[0]
+    with torch.no_grad():
+        step(model, x, t, conditioning, cache, range(2))
+        made = view.held[0]
+        step(model, x, t, conditioning, cache, range(2))
+        assert view.held == [made]
+    # weights may move between passes with gradients
+    step(model, x, t, conditioning, cache, range(2))
+    assert not view.held
+    with torch.no_grad():
+        step(model, x, t, conditioning, cache, range(2))
+    cache.reset()
+    assert not view.held
+
+
+@pytest.mark.parametrize("form", ["reconstruct", "absorbed"])
+def test_autocast(form: str, seed: int) -> None:
+    model = use(make(LATENT, seed), form)
+    x, t, conditioning = random_pass(model, 1, 2, seed)
+    with torch.no_grad():
+        truth = model(x, t, conditioning)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert error(model(x, t, conditioning).float(), truth) < 5e-2
+
+
 def test_auto_takes_the_form_of_dispatch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(LATENT, seed)
     x, t, conditioning = random_pass(model, 1, 2, seed)

@@ -24,7 +24,7 @@ from mla_study.config import LatentConfig, ModelConfig, wan_1_3b
 from mla_study.errors import UserError
 from mla_study.evaluation.efficiency.ceilings import Ceilings, ceilings
 from mla_study.evaluation.goals import Goal, Row
-from mla_study.evaluation.timing import Spread, Times, clock_of, interleaved, timed
+from mla_study.evaluation.timing import Spread, Times, clock_of, interleaved
 from mla_study.kernels.latent_attention.cost import (
     Cost,
     Shape,
@@ -188,33 +188,34 @@ class Compared:
     queries: int
     keys: int
     dtype: str
+    device: torch.device
     times: Times
     wrong: dict[str, str]
 
-    def rows(self, limits: Ceilings, keep_expanded: bool = False) -> list[dict[str, Any]]:
+    def rows(self, limits: Ceilings) -> list[dict[str, Any]]:
         """A row a variant: seconds, ratios to both dense layers, FLOPs, share of the ceiling."""
         made: list[dict[str, Any]] = []
         kind = {"width": self.width, "queries": self.queries, "keys": self.keys}
         for name in (*BASES, "reconstruct", "absorbed", "auto"):
             row: dict[str, Any] = {**kind, "dtype": self.dtype, "variant": name}
             row["form"] = self.form(name)
-            row["keep_expanded"] = keep_expanded
             if name in self.wrong or name in self.times.errors:
                 row["problem"] = self.wrong.get(name) or self.times.errors[name]
                 made.append(row)
                 continue
             row["problem"] = ""
             row |= _spread("seconds", self.times.spread(name))
-            row |= _spread("to_dense", self.times.ratio(name, DENSE))
-            row |= _spread("to_dense_rotated", self.times.ratio(name, DENSE_ROTATED))
-            cost, base = self.cost(name), self.cost(DENSE)
+            for column, base in (("to_dense", DENSE), ("to_dense_rotated", DENSE_ROTATED)):
+                if base in self.times.seconds:
+                    row |= _spread(column, self.times.ratio(name, base))
+            cost, dense = self.cost(name), self.cost(DENSE)
             flops = cost.flops + self.projections(name)
             row["flops"] = flops
             row["tflops_per_s"] = flops / row["seconds"] / 1e12
             row["of_matmul_ceiling"] = flops / row["seconds"] / limits.matmul.median
             bound = self.bound(cost, self.projections(name), limits)
             row["bound_seconds"] = bound
-            row["bound_to_dense"] = bound / self.bound(base, self.projections(DENSE), limits)
+            row["bound_to_dense"] = bound / self.bound(dense, self.projections(DENSE), limits)
             made.append(row)
         return made
 
@@ -222,9 +223,11 @@ class Compared:
         """The form of latent attention that runs."""
         if variant != "auto":
             return "" if variant in BASES else variant
-        step = make_step("auto", self.width, self.queries, self.keys, _CPU, DTYPES[self.dtype], 1)
-        query = step.layer.query(step.inputs[0])
-        return cast(LatentSelfAttention, step.layer).form_for(query[0], self.keys)
+        dtype = DTYPES[self.dtype]
+        layer = make_step("auto", self.width, 1, 1, self.device, dtype, 1).layer
+        size = (1, self.queries, self.shape.heads, self.shape.d_nope)
+        query = torch.empty(size, device=self.device, dtype=dtype)
+        return cast(LatentSelfAttention, layer).form_for(query, self.keys)
 
     @property
     def shape(self) -> Shape:
@@ -240,8 +243,8 @@ class Compared:
         """Attention without the projections of new tokens."""
         if variant in BASES:
             return dense_cost(self.shape)
-        absorbed = self.form(variant) == "absorbed"
-        return (absorbed_cost if absorbed else reconstruct_cost)(self.shape)
+        rebuilt = self.form(variant) == "reconstruct"
+        return (reconstruct_cost if rebuilt else absorbed_cost)(self.shape)
 
     def projections(self, variant: str) -> float:
         """FLOPs of the new tokens' projections, output included."""
@@ -265,9 +268,6 @@ class Compared:
 
 def _spread(name: str, spread: Spread) -> dict[str, float]:
     return {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
-
-
-_CPU = torch.device("cpu")
 
 
 @torch.no_grad()
@@ -297,10 +297,10 @@ def compare(
         if variant not in wrong
     }
     clock = clock_of(device)
-    turn = sum(timed(call, clock) for call in calls.values())
+    turn = sum(spent for (spent,) in interleaved(calls, 1, 0, clock).seconds.values())
     repeats = max(min(repeats, 3), min(repeats, int(BUDGET / max(turn, 1e-9))))
     times = interleaved(calls, repeats, 0, clock)
-    return Compared(width, queries, keys, NAMES[dtype], times, wrong)
+    return Compared(width, queries, keys, NAMES[dtype], device, times, wrong)
 
 
 def bench_attention(

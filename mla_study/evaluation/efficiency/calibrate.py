@@ -20,6 +20,7 @@ from scipy.optimize import least_squares
 from torch import Tensor
 from tqdm import tqdm
 
+from mla_study.errors import UserError
 from mla_study.evaluation.efficiency.ceilings import ceilings
 from mla_study.evaluation.timing import Clock, Spread, clock_of, interleaved
 from mla_study.kernels.latent_attention import FORMS, reference
@@ -89,13 +90,16 @@ def inputs(shape: Shape, device: torch.device, seed: int = 0) -> tuple[Tensor, .
 
 
 def check(form: Form, given: Sequence[Tensor], dtype: str) -> str | None:
-    """Why a form may get no number: its error against the float64 oracle; None where it is right.
+    """Why a form may get no number: it cannot run, or errs from the float64 oracle; None: right.
 
     The oracle sees up to 64 of the queries.
     """
+    try:
+        mine = FORMS[form](*given)[:, :64].double()
+    except UserError as refused:
+        return str(refused)
     few = (given[0][:, :64], given[1][:, :64], *given[2:])
     truth = reference(*(x.double() for x in few))
-    mine = FORMS[form](*given)[:, :64].double()
     error = float((mine - truth).norm() / truth.norm())
     if error < TOLERANCE[dtype]:
         return None

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 
 from mla_study.config import WindowConfig
 from mla_study.errors import UserError
 from mla_study.evaluation.efficiency.ceilings import Ceilings, ceilings
 from mla_study.evaluation.efficiency.model_cost import frame_tokens
-from mla_study.evaluation.efficiency.step_memory import LiveBytes
+from mla_study.evaluation.efficiency.step_memory import LiveBytes, peak_of
 from mla_study.evaluation.efficiency.variants import (
     Running,
     Scale,
@@ -144,12 +143,7 @@ def transient(running: Running) -> int:
     """
     device = running.scale.where
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        running.step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return peak_of(running.step, device)
     with LiveBytes() as live:
         running.step()
     return live.peak

@@ -112,8 +112,10 @@ def run(
     clip_repeats: int = 0,
 ) -> Measured:
     """Measure all variants of one or both readings of the window; rows are printed."""
-    if repeats < 1 or clip_repeats < 0:
+    if repeats < 1:
         raise UserError(f"--repeats is {repeats}, but it must be at least 1")
+    if clip_repeats < 0:
+        raise UserError(f"--clips is {clip_repeats}, but it must be 0 or more")
     names = list(_READING) if reading == "both" else [reading]
     wanted: list[Factor] = []
     for name in names:

@@ -149,7 +149,7 @@ def measured(step: Step, device: torch.device) -> StepMemory:
     """
     held, run = _prepared(step, device)
     run()  # what libraries set up once
-    return replace(held, peak=_peak_of(run, device))
+    return replace(held, peak=peak_of(run, device))
 
 
 def in_child(step: Step) -> StepMemory:
@@ -220,7 +220,12 @@ def _prepared(step: Step, device: torch.device) -> tuple[StepMemory, Callable[[]
     return StepMemory(weights, cache.nbytes, keys, 0), run
 
 
-def _peak_of(run: Callable[[], object], device: torch.device) -> int:
+def peak_of(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call needs at its peak: allocated on a GPU, resident in this process on the CPU.
+
+    Raises:
+        UserError: the CPU's peak cannot be read on this system.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

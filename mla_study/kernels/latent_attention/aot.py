@@ -1,26 +1,14 @@
-"""Ahead-of-time compilation of the fused kernel: what the compiler says, without a GPU.
-
-Example, for one size (the whole sweep, without arguments, takes about half an hour)::
-
-    python -m mla_study.kernels.latent_attention.aot --d-c 192 --arch 90
-"""
+"""Ahead-of-time compilation of the fused kernel: what the compiler says, without a GPU."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mla_study.errors import EXIT_BAD_INPUT, UserError
 from mla_study.kernels.latent_attention.triton_tiles import (
     SCALINGS,
     SHARED_LIMIT,
@@ -28,7 +16,6 @@ from mla_study.kernels.latent_attention.triton_tiles import (
     offsets,
     padded,
     parts,
-    tiles,
 )
 
 MOST_TMEM = 512  # columns of tensor memory of an SM of sm_100
@@ -163,37 +150,3 @@ def facts(variant: Variant, shape: Tiles) -> Facts:
 
 def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the facts of one size; without a size, sweep all of them and write the tables."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mla_study.kernels.latent_attention.aot",
-        description="Compile the fused kernel for GPUs that need not be there.",
-    )
-    parser.add_argument("--d-c", type=int, help="one latent size; without it, the whole sweep")
-    parser.add_argument("--d-rope", type=int, default=32)
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--out", type=Path, default=Path("results/data/kernel_aot"))
-    parser.add_argument("--processes", type=int, default=2)
-    given = parser.parse_args(argv)
-    if given.d_c is None:
-        from mla_study.kernels.latent_attention import aot_sweep
-
-        tiles_file = Path(__file__).with_name("tiles.json")
-        aot_sweep.write(aot_sweep.swept(given.processes), given.out, tiles_file)
-        return
-    names = [field.name for field in dataclasses.fields(Facts)]
-    print("arch", *Tiles._fields, *names)
-    for arch in given.arch or sorted(SHARED_LIMIT):
-        shape = tiles(arch, given.d_c, given.d_rope, torch.bfloat16)
-        found = facts(Variant(arch, given.d_c, given.d_rope), shape)
-        print(arch, *shape, *dataclasses.astuple(found))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)

@@ -2,19 +2,28 @@
 
 Preference is an order, not a measurement: many rows a tile (every key byte that is loaded serves
 more queries), then many keys, then stages.
+
+Example, for one size (the whole sweep, without arguments, takes about half an hour)::
+
+    python -m mla_study.kernels.latent_attention.aot_sweep --d-c 192 --arch 90
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mla_study.errors import EXIT_BAD_INPUT, UserError
 from mla_study.kernels.latent_attention.aot import Facts, Variant, facts
-from mla_study.kernels.latent_attention.triton_tiles import D_C, Tiles, kind_of
+from mla_study.kernels.latent_attention.triton_tiles import D_C, SHARED_LIMIT, Tiles, kind_of, tiles
 
 ARCHES = (80, 90, 100)
 CHECKED = (64, 128, 192, 256, 384, 512)  # every variant is compiled there, elsewhere the hardest
@@ -179,3 +188,35 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, tiles_file: Path) -> Non
         ],
         observed={},
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the facts of one size; without a size, sweep all of them and write the tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mla_study.kernels.latent_attention.aot_sweep",
+        description="Compile the fused kernel for GPUs that need not be there.",
+    )
+    parser.add_argument("--d-c", type=int, help="one latent size; without it, the whole sweep")
+    parser.add_argument("--d-rope", type=int, default=32)
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--out", type=Path, default=Path("results/data/kernel_aot"))
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args(argv)
+    if given.d_c is None:
+        tiles_file = Path(__file__).with_name("tiles.json")
+        write(swept(given.processes), given.out, tiles_file)
+        return
+    names = [field.name for field in dataclasses.fields(Facts)]
+    print("arch", *Tiles._fields, *names)
+    for arch in given.arch or sorted(SHARED_LIMIT):
+        shape = tiles(arch, given.d_c, given.d_rope, torch.bfloat16)
+        found = facts(Variant(arch, given.d_c, given.d_rope), shape)
+        print(arch, *shape, *dataclasses.astuple(found))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)

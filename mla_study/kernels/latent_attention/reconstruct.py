@@ -36,14 +36,14 @@ def reconstruct(
     """The function of :func:`~mla_study.kernels.latent_attention.reference.reference`.
 
     Without gradients on the CPU heads are expanded one by one into one buffer, see
-    :func:`_head_by_head`.
+    :func:`_head_by_head`; not under autocast, which does not reach what writes into a buffer.
 
     Args:
         head_group: heads expanded at a time; bounds the transient [B, K, group, dn + dr + dv].
     """
     given = (q_nope, q_rope, c, k_rope, k_up, v_up)
     graph = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    if c.device.type == "cpu" and not graph:
+    if c.device.type == "cpu" and not graph and not torch.is_autocast_enabled("cpu"):
         return _head_by_head(*given)
     query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
     cached = torch.cat([c, k_rope], dim=-1)

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from mla_study.commands.bench_attention import BenchAttention
+from mla_study.commands.dispatch import Calibrate
 from mla_study.errors import UserError
 from mla_study.evaluation.efficiency import attention
 from mla_study.evaluation.efficiency.attention import (
@@ -47,6 +49,29 @@ def test_a_wrong_variant_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None
     told = goal_rows(found)
     assert any("absorbed: error" in row.quantity and math.isnan(row.value) for row in told)
     assert not any(row.quantity.startswith("layer, absorbed /") for row in told)
+
+
+def test_without_a_base_there_are_no_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "check", lambda v, *rest: "wrong" if v in BASES else None)
+    found = compare("quarter", 3, 40, CPU, torch.float32, 2)
+    rows = {row["variant"]: row for row in found.rows(LIMITS)}
+    assert "seconds" in rows["auto"] and "to_dense" not in rows["auto"]
+    assert [row.quantity for row in goal_rows(found)].count("layer, absorbed / reconstruct") == 1
+
+
+def test_the_fused_kernel_counts_as_absorbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compare("quarter", 2, 40, CPU, torch.float32, 1)
+    monkeypatch.setattr(attention.LatentSelfAttention, "form_for", lambda *_: "absorbed_triton")
+    assert found.form("auto") == "absorbed_triton"
+    assert found.cost("auto") == found.cost("absorbed") != found.cost("reconstruct")
+
+
+def test_nothing_to_measure_is_said() -> None:
+    for empty in (BenchAttention(shapes=()), BenchAttention(dtypes=())):
+        with pytest.raises(UserError, match="give at least one"):
+            empty.run()
+    with pytest.raises(UserError, match="--dtypes is empty"):
+        Calibrate(dtypes=()).run()
 
 
 def test_a_row_counts_what_runs() -> None:

@@ -18,7 +18,7 @@ from mla_study.evaluation.efficiency.calibrate import (
     measure,
 )
 from mla_study.evaluation.timing import Spread
-from mla_study.kernels.latent_attention.cost import Calibration, Rates, Shape, costs
+from mla_study.kernels.latent_attention.cost import Calibration, Form, Rates, Shape, costs
 
 CPU = torch.device("cpu")
 TRUE = Calibration(
@@ -77,3 +77,12 @@ def test_only_right_forms_get_numbers(dtype: str, monkeypatch: pytest.MonkeyPatc
     assert "exceeds" in (check("absorbed", inputs(shape, CPU), dtype) or "")
     one = measure([shape], ("reconstruct", "absorbed"), CPU, 2)
     assert [point.form for point in one] == ["reconstruct"]
+
+
+def test_a_form_that_cannot_run_gets_no_number() -> None:
+    shape = Shape(2, 17, heads=2, d_c=12, d_rope=4, d_head=12, dtype="fp32")
+    assert check("absorbed_triton", inputs(shape, CPU), "fp32") is not None
+    forms: tuple[Form, ...] = ("reconstruct", "absorbed", "absorbed_triton")
+    points = measure([shape], forms, CPU, 1)
+    assert [point.form for point in points] == ["reconstruct", "absorbed"]
+    assert fit(points * 4, CPU, 1, 1e10).absorbed_triton is None
