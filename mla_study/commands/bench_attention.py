@@ -39,7 +39,7 @@ class BenchAttention:
     def run(self) -> int:
         """Run the benchmark."""
         from mla_study.evaluation.efficiency.attention import bench_attention
-        from mla_study.evaluation.goals import say, show, write_rows
+        from mla_study.evaluation.goals import results_name, say, show, write_rows
         from mla_study.evaluation.timing import threads
         from mla_study.kernels.latent_attention.calibrations import device_key
         from mla_study.rollout.setup import usable_device
@@ -59,7 +59,7 @@ class BenchAttention:
             rows, table = bench_attention(shapes, widths, self.dtypes, device, self.repeats, show)
         if self.write:
             folder = write_rows(
-                "bench_attention",
+                results_name("bench_attention", device),
                 rows,
                 config={
                     "shapes": [list(shape) for shape in shapes],

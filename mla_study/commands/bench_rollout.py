@@ -59,7 +59,7 @@ class RolloutBench:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Run attention, step, rollout, memory and batch on a GPU at Wan 1.3B, piece by piece.
+    """Calibrate a GPU, and run every benchmark at Wan 1.3B on it, piece by piece.
 
     What is there already is skipped, and no piece starts after --minutes: the same command goes on.
 
@@ -67,7 +67,8 @@ class Gpu:
     """
 
     pieces: tuple[str, ...] = ()
-    """attention, step, step-within, rollout, rollout-within, memory, batch (default: all)."""
+    """calibrate, attention, step, step-within, rollout, rollout-within, memory, batch (default:
+    all)."""
     minutes: float = 8.0
     """Start no piece later than this."""
     again: bool = False

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import eq, ge, gt, le, lt
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
 from mla_study.evaluation.timing import Spread
 from mla_study.study.notebooks import Project
 from mla_study.study.runs import Provenance, Validity, write_result
+
+if TYPE_CHECKING:
+    import torch
 
 Sign = Literal["<", "<=", ">", ">=", "=="]
 _HOLDS = {"<": lt, "<=": le, ">": gt, ">=": ge, "==": eq}
@@ -98,6 +101,11 @@ def table_of(rows: Sequence[Row]) -> pd.DataFrame:
     table = pd.DataFrame([row.flat() for row in rows])
     table["met"] = table["met"].astype("boolean")
     return table
+
+
+def results_name(name: str, device: torch.device) -> str:
+    """Folder of a result: a GPU's stands beside the CPU's."""
+    return name if device.type == "cpu" else f"{name}_{device.type}"
 
 
 def write_rows(

@@ -220,11 +220,14 @@ class LatentSelfAttention(SelfAttention):
         if self.form != "auto":
             return self.form
         dtype, device = NAMES[queries.dtype], str(queries.device)
-        return choose(
+        form = choose(
             queries.shape[1], keys, queries.shape[0], self.heads, self.kv_down.out_features,
             self.d_rope, device, dtype, d_head=self.d_nope + self.d_rope,
             calibration=find(dtype, device, torch.get_num_threads()),
         )  # fmt: skip
+        # the fused kernel's backward recomputes by this form's operations
+        fused = form == "absorbed_triton" and torch.is_grad_enabled()
+        return "absorbed" if fused else form
 
     def _rotated(self, k_rope: Tensor, turn: Rotation) -> Tensor:
         return turn.apply(k_rope[:, :, None, :])[:, :, 0]

@@ -33,6 +33,12 @@ def test_goals(goal: Goal | None, met: bool | None) -> None:
     assert table_of([row])["met"].astype(object).tolist() == [met if goal else None] or not goal
 
 
+def test_a_gpu_has_results_of_its_own() -> None:
+    torch = pytest.importorskip("torch")
+    assert goals.results_name("a", torch.device("cpu")) == "a"
+    assert goals.results_name("a", torch.device("cuda:1")) == "a_cuda"
+
+
 def test_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         goals.Project, "find", staticmethod(lambda: Project(tmp_path, tmp_path / "figures"))

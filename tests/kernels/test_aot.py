@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from mla_study.evaluation.efficiency.kernel_sweep import main
 from mla_study.kernels.latent_attention.absorbed_triton import kernels
 from mla_study.kernels.latent_attention.aot import MOST_TMEM, Facts, Variant, facts
-from mla_study.kernels.latent_attention.aot_sweep import main
 from mla_study.kernels.latent_attention.triton_tiles import SHARED_LIMIT, tiles
 
 

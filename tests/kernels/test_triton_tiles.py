@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_study.errors import UserError
-from mla_study.kernels.latent_attention.aot_sweep import ARCHES, ranges
+from mla_study.evaluation.efficiency.kernel_sweep import ARCHES, ranges
 from mla_study.kernels.latent_attention.triton_tiles import (
     D_C,
     INTERPRETED,

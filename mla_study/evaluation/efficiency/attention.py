@@ -180,6 +180,12 @@ def check(variant: str, width: Width, device: torch.device, dtype: torch.dtype) 
     return None if error < most else f"error {error:.2g} exceeds {most:g}"
 
 
+def variants_on(device: torch.device) -> tuple[str, ...]:
+    """Both dense layers, and every form that the device may have."""
+    fused = ("absorbed_triton",) if device.type == "cuda" else ()
+    return (*BASES, "reconstruct", "absorbed", *fused, "auto")
+
+
 @dataclass(frozen=True)
 class Compared:
     """The variants of one shape: their times, and what of each is counted."""
@@ -196,7 +202,7 @@ class Compared:
         """A row a variant: seconds, ratios to both dense layers, FLOPs, share of the ceiling."""
         made: list[dict[str, Any]] = []
         kind = {"width": self.width, "queries": self.queries, "keys": self.keys}
-        for name in (*BASES, "reconstruct", "absorbed", "auto"):
+        for name in variants_on(self.device):
             row: dict[str, Any] = {**kind, "dtype": self.dtype, "variant": name}
             row["form"] = self.form(name)
             if name in self.wrong or name in self.times.errors:
@@ -289,7 +295,7 @@ def compare(
             f"{queries} queries and {keys} keys: the queries are among the keys, so there must be "
             "at least as many of these"
         )
-    variants = (*BASES, "reconstruct", "absorbed", "auto")
+    variants = variants_on(device)
     wrong = {v: why for v in variants if (why := check(v, width, device, dtype)) is not None}
     calls = {
         variant: make_step(variant, width, queries, keys, device, dtype).call()

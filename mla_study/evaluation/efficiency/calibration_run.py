@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from mla_study.evaluation.efficiency.calibrate import calibrate
-from mla_study.evaluation.goals import Goal, Row, say, show, write_rows
+from mla_study.evaluation.goals import Goal, Row, results_name, say, show, write_rows
 from mla_study.evaluation.timing import threads as on_threads
 from mla_study.kernels.latent_attention import calibrations
 from mla_study.kernels.latent_attention.cost import Calibration
@@ -65,7 +65,7 @@ def run_calibration(
     if not quick:
         more = {"points": pd.concat(fitted), "choices": pd.concat(checked)}
         write_rows(
-            "calibration",
+            results_name("calibration", where),
             rows,
             config={"dtypes": list(dtypes), "threads": threads, "device": name},
             modules=("mla_study.evaluation.efficiency.calibration_run",),

@@ -241,15 +241,16 @@ def bench(
 # on a GPU, piece by piece
 
 PIECES: Mapping[str, tuple[str, ...]] = {
-    "attention": ("attention", "--device", "cuda", "--width", "full", "--dtypes", "bf16"),
-    "step": ("step", "--scale", "full", "--reading", "beside"),
-    "step-within": ("step", "--scale", "full", "--reading", "within"),
-    "rollout": ("rollout", "--scale", "full", "--reading", "beside"),
-    "rollout-within": ("rollout", "--scale", "full", "--reading", "within"),
-    "memory": ("memory",),
-    "batch": ("batch",),
+    "calibrate": ("calibrate", "--device", "cuda", "--dtypes", "bf16"),
+    "attention": ("bench", "attention", "--device", "cuda", "--width", "full", "--dtypes", "bf16"),
+    "step": ("bench", "step", "--scale", "full", "--reading", "beside"),
+    "step-within": ("bench", "step", "--scale", "full", "--reading", "within"),
+    "rollout": ("bench", "rollout", "--scale", "full", "--reading", "beside"),
+    "rollout-within": ("bench", "rollout", "--scale", "full", "--reading", "within"),
+    "memory": ("bench", "memory"),
+    "batch": ("bench", "batch"),
 }
-"""Piece -> what follows ``mla-study bench``."""
+"""Piece -> what follows ``mla-study``; the rates come first, for the forms of all others."""
 
 
 def bench_gpu(only: Sequence[str] = (), minutes: float = 8.0, again: bool = False) -> int:
@@ -276,7 +277,7 @@ def bench_gpu(only: Sequence[str] = (), minutes: float = 8.0, again: bool = Fals
             say(PROGRAM, f"{name}: not started after {minutes:g} minutes; the same command goes on")
             break
         say(PROGRAM, name)
-        code, text = streamed([sys.executable, "-m", "mla_study", "bench", *PIECES[name]])
+        code, text = streamed([sys.executable, "-m", "mla_study", *PIECES[name]])
         if code:
             say(PROGRAM, f"{name} ended with {code}; the others go on")
             failed += 1

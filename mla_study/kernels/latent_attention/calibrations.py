@@ -110,6 +110,8 @@ def find(
     Raises:
         UserError: the file is none, of another device, or lacks the dtype.
     """
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        return DERIVED
     name = device_key(device)
     place = FOLDER / file_name(name) if path is None else path
     if path is None and not place.exists():

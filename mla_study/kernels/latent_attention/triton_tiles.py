@@ -19,6 +19,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 FAMILIES = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}
 INTERPRETED = 0  # an "architecture" of its own
 FEW_ROWS = 64
+TILES_FILE = Path(__file__).with_name("tiles.json")
 
 
 class Tiles(NamedTuple):
@@ -131,7 +132,7 @@ def splits_of(
 @functools.cache
 def table() -> dict[str, list[tuple[int, int, Tiles]]]:
     """Kind (:func:`kind_of`) -> (first d_c, last d_c, tiles), as the last sweep found."""
-    text = Path(__file__).with_name("tiles.json").read_text(encoding="utf-8")
+    text = TILES_FILE.read_text(encoding="utf-8")
     return {
         kind: [(first, last, Tiles(*numbers)) for first, last, numbers in rows]
         for kind, rows in json.loads(text).items()

@@ -5,7 +5,7 @@ more queries), then many keys, then stages.
 
 Example, for one size (the whole sweep, without arguments, takes about half an hour)::
 
-    python -m mla_study.kernels.latent_attention.aot_sweep --d-c 192 --arch 90
+    python -m mla_study.evaluation.efficiency.kernel_sweep --d-c 192 --arch 90
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ import torch
 
 from mla_study.errors import EXIT_BAD_INPUT, UserError
 from mla_study.kernels.latent_attention.aot import Facts, Variant, facts
-from mla_study.kernels.latent_attention.triton_tiles import D_C, SHARED_LIMIT, Tiles, kind_of, tiles
+from mla_study.kernels.latent_attention.triton_tiles import (
+    D_C,
+    SHARED_LIMIT,
+    TILES_FILE,
+    Tiles,
+    kind_of,
+    tiles,
+)
 
 ARCHES = (80, 90, 100)
 CHECKED = (64, 128, 192, 256, 384, 512)  # every variant is compiled there, elsewhere the hardest
@@ -175,7 +182,7 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, tiles_file: Path) -> Non
         config={"arches": ARCHES, "triton": triton.__version__},
         inputs={},
         seed=None,
-        modules=["mla_study.kernels.latent_attention.aot_sweep"],
+        modules=["mla_study.evaluation.efficiency.kernel_sweep"],
         provenance="measured",
         validity="full",
         units={"shared_bytes": "B", "spill_bytes": "B", "registers": "1/thread"},
@@ -193,7 +200,7 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, tiles_file: Path) -> Non
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the facts of one size; without a size, sweep all of them and write the tables."""
     parser = argparse.ArgumentParser(
-        prog="python -m mla_study.kernels.latent_attention.aot_sweep",
+        prog="python -m mla_study.evaluation.efficiency.kernel_sweep",
         description="Compile the fused kernel for GPUs that need not be there.",
     )
     parser.add_argument("--d-c", type=int, help="one latent size; without it, the whole sweep")
@@ -203,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args(argv)
     if given.d_c is None:
-        tiles_file = Path(__file__).with_name("tiles.json")
+        tiles_file = TILES_FILE
         write(swept(given.processes), given.out, tiles_file)
         return
     names = [field.name for field in dataclasses.fields(Facts)]
