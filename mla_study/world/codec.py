@@ -105,7 +105,9 @@ def load_codec(path: Path | str) -> Codec:
         world = World(**json.loads(facts["world"]))
         psnr, seed = float(facts["psnr"]), int(facts["seed"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a codec ({error}): fit one and save it") from None
+        raise UserError(
+            f"{path} cannot be read as a codec ({error}): fit one and save it"
+        ) from None
     shapes = basis.ndim, mean.ndim, variance.ndim
     if shapes != (2, 1, 1) or basis.shape != (len(variance), len(mean)):
         raise UserError(f"{path} holds tensors that do not fit together: fit a codec anew")
@@ -182,7 +184,9 @@ def to_patches(video: Float[Tensor, "B 3 F H W"], patch: int) -> Float[Tensor, "
     return split.permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 3)
 
 
-def from_patches(patches: Float[Tensor, "B values F h w"], patch: int) -> Float[Tensor, "B 3 F H W"]:
+def from_patches(
+    patches: Float[Tensor, "B values F h w"], patch: int
+) -> Float[Tensor, "B 3 F H W"]:
     """What :func:`to_patches` took apart."""
     split = patches.unflatten(1, (3, patch, patch)).permute(0, 1, 4, 5, 2, 6, 3)
     return split.flatten(5, 6).flatten(3, 4)

@@ -27,12 +27,21 @@ FINE = 2
 """Places are tried this many times a pixel."""
 
 
-@functools.lru_cache(maxsize=8)
-def _templates(world: World, fine: int, power: int) -> Tensor:
+BLURS = (0.0, 0.2, 0.4)
+"""Standard deviations of the blurs that a sprite is tried with, in its radii."""
+
+
+@functools.lru_cache(maxsize=16)
+def _templates(world: World, fine: int, power: int, blur: float = 0.0) -> Tensor:
     """Conjugate spectra of coverage ** power, [S, fine * fine, H, W // 2 + 1]; offsets y first."""
+    n = world.size
     offsets = torch.arange(fine) / fine
     grid = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), -1).reshape(-1, 2)
     drawn = torch.stack([coverage(shape, world, grid) for shape in SHAPES])
+    if blur:
+        waves = torch.fft.fftfreq(n)[:, None].square() + torch.fft.rfftfreq(n).square()
+        soft = torch.exp(-2 * (torch.pi * blur * world.radius) ** 2 * waves)
+        drawn = torch.fft.irfft2(torch.fft.rfft2(drawn) * soft, s=(n, n))
     return torch.fft.rfft2(drawn**power).conj()
 
 
@@ -58,34 +67,46 @@ def colour_gains(
     return torch.stack(gains, dim=-1)
 
 
-def shape_gains(
+def best_shapes(
     world: World,
     video: Float[Tensor, "B F 3 H W"],
     behind: Float[Tensor, "B F 3 H W"],
     colour: Float[Tensor, "B 3"],
-) -> Float[Tensor, "B F S fine_H fine_W"]:
-    """The gain of each shape at each place, :data:`FINE` places a pixel along either axis."""
-    n = world.size
-    once, twice = (_templates(world, FINE, p).to(video.device) for p in (1, 2))
+) -> tuple[Int[Tensor, " B"], Float[Tensor, "B F fine_H fine_W"]]:
+    """The shape that gains most over a clip, sharp or blurred, and its gain at each place.
+
+    Places are :data:`FINE` a pixel along either axis.
+    """
+    n, place = world.size, video.device
     along, power = _products(video, behind, colour[:, None])
-    made: list[Tensor] = []
-    for shape in range(len(SHAPES)):
-        spectrum = 2 * once[shape] * along[:, :, None] - twice[shape] * power[:, :, None]
-        maps = torch.fft.irfft2(spectrum, s=(n, n)).unflatten(2, (FINE, FINE))
-        # offsets lie between the pixels: [.., oy, ox, y, x] -> [.., y oy, x ox]
-        made.append(maps.permute(0, 1, 4, 2, 5, 3).reshape(*maps.shape[:2], n * FINE, n * FINE))
-    return torch.stack(made, dim=2)
+    banks = [
+        [_templates(world, FINE, p, blur)[shape].to(place) for p in (1, 2)]
+        for blur in BLURS
+        for shape in range(len(SHAPES))
+    ]
+
+    def gains(once: Tensor, twice: Tensor) -> Tensor:
+        spectrum = 2 * once * along[:, :, None] - twice * power[:, :, None]
+        return torch.fft.irfft2(spectrum, s=(n, n))
+
+    totals = [gains(*bank).amax((2, 3, 4)).clamp_min(0).sum(1) for bank in banks]
+    best = torch.stack(totals).argmax(0)
+    once, twice = (torch.stack(held)[best][:, None] for held in zip(*banks, strict=True))
+    maps = gains(once, twice).unflatten(2, (FINE, FINE))
+    # offsets lie between the pixels: [.., oy, ox, y, x] -> [.., y oy, x ox]
+    fine = maps.permute(0, 1, 4, 2, 5, 3).reshape(*maps.shape[:2], n * FINE, n * FINE)
+    return best % len(SHAPES), fine
 
 
 def track(
     maps: Float[Tensor, "B F fine_H fine_W"], reach: float, keep: float = 0.7
-) -> tuple[Float[Tensor, "B F 2"], Float[Tensor, "B F"]]:
-    """Places (y, x) in units of the map, to a fraction of a cell, and the gains there.
+) -> Float[Tensor, "B F 2"]:
+    """Places (y, x) in units of the map, to a fraction of a cell.
 
     A place within ``reach`` of the frame before is preferred to a better one far away as long as
     it gains ``keep`` of that, so that a ghost does not take over for a frame.
     """
-    clips, frames, rows, columns = maps.shape
+    frames, rows, columns = maps.shape[1:]
     best, whole = maps.flatten(2).max(2)
     line_y = torch.arange(rows, device=maps.device)
     line_x = torch.arange(columns, device=maps.device)
@@ -109,7 +130,7 @@ def track(
     middle = at(0, 0)
     shift_y = _vertex(at(-1, 0), middle, at(1, 0))
     shift_x = _vertex(at(0, -1), middle, at(0, 1))
-    return torch.stack([y + shift_y, x + shift_x], dim=-1), middle
+    return torch.stack([y + shift_y, x + shift_x], dim=-1)
 
 
 def _vertex(before: Tensor, middle: Tensor, after: Tensor) -> Tensor:

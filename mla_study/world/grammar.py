@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -38,8 +38,19 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 """Slot of a caption -> its words, in the order of the caption."""
 
-WORDS: tuple[str, ...] = (*SPEEDS, *COLOURS, *SHAPES, "moving", *DIRECTIONS, *ROWS, *COLUMNS, *BACKGROUNDS)
+WORDS: tuple[str, ...] = (
+    *SPEEDS,
+    *COLOURS,
+    *SHAPES,
+    "moving",
+    *DIRECTIONS,
+    *ROWS,
+    *COLUMNS,
+    *BACKGROUNDS,
+)
 """Every word that the text encoder can get; :func:`word_ids` counts from here."""
+
+_ALIKE = 0.5  # less than this is chance: then the slot's first word is suggested
 
 TOKENS = 8
 """Words of a caption that the text encoder gets."""
@@ -88,35 +99,38 @@ def parse_caption(text: str) -> Caption:
     """The facts of a caption; case, spaces and a full stop at the end do not matter.
 
     Raises:
-        UserError: a text outside the grammar; the sentence says the grammar and the nearest caption.
+        UserError: a text outside the grammar; the sentence says it, and the nearest caption.
     """
     words = text.lower().rstrip(". \n").split()
     if len(words) == 9 and words[3] == "moving" and words[7] == "on":
         told = [*words[:3], *words[4:7], words[8]]
         if all(word in known for word, known in zip(told, SLOTS.values(), strict=True)):
             return Caption(*told)
+    short = " ".join(text.split())[:100]
     raise UserError(
-        f"'{text}' is no caption of the world, which reads {GRAMMAR}: "
-        f"did you mean '{_nearest(words)}'?"
+        f"'{short}' is no caption of the world, which reads {GRAMMAR}: "
+        f"the nearest caption is '{_nearest(words[:40])}'"
     )
 
 
 def _nearest(words: Sequence[str]) -> str:
-    """The caption whose words are likest: each slot takes the word that is nearest to any given."""
+    """The caption of those known words that are likest to a given one, slot by slot."""
     chosen: list[str] = []
-    for slot, known in SLOTS.items():
-        place = {"speed": 0, "colour": 1, "shape": 2}.get(slot)
-        near = [(_likeness(known_word, words, place), -i) for i, known_word in enumerate(known)]
-        chosen.append(known[-max(near)[1]])
+    for known in SLOTS.values():
+        likeness = [max(map(_likeness(word), words), default=0.0) for word in known]
+        best = max(likeness)
+        chosen.append(known[likeness.index(best)] if best > _ALIKE else known[0])
     return caption_of(Caption(*chosen))
 
 
-def _likeness(word: str, given: Sequence[str], place: int | None) -> float:
-    best = 0.0
-    for index, other in enumerate(given):
-        near = difflib.SequenceMatcher(None, word, other).ratio()
-        best = max(best, near + (0.01 if index == place else 0.0))
-    return best
+def _likeness(word: str) -> Callable[[str], float]:
+    matcher = difflib.SequenceMatcher(None, b=word)
+
+    def ratio(other: str) -> float:
+        matcher.set_seq1(other)
+        return matcher.ratio()
+
+    return ratio
 
 
 @functools.cache

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from mla_study.errors import UserError
 from mla_study.world.backdrop import Backdrops, drift, find_backdrops
-from mla_study.world.fitting import FINE, apart, colour_gains, explained, shape_gains, track
+from mla_study.world.fitting import FINE, apart, best_shapes, colour_gains, explained, track
 from mla_study.world.grammar import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SLOTS, Caption
 from mla_study.world.render import palette
 from mla_study.world.scenes import World, direction_of
 
 _OWN = 0.2
-"""A sprite is there where it gains this share of its energy: at three fifths of its contrast, ..."""
+"""A sprite is there where it gains this share of its energy (at 60 % of its contrast), ..."""
 _NEAR = 0.3
 """... and this share of everything that differs from the background near it."""
-_TEXTURE = 0.25
+_TEXTURE = 0.15
 """A background is told where the clip shows this share of its contrast."""
 _STEADY = 1.0
 """Steps within this many pixels of the median are the usual ones; half of all must be."""
@@ -85,14 +85,13 @@ class Parsed:
     mask: Bool[Tensor, "B F H W"]
 
 
-def as_pixels(video: Tensor | np.ndarray) -> Float[Tensor, "B F 3 H W"]:
+def as_pixels(video: Tensor | np.ndarray, signed: bool | None = None) -> Float[Tensor, "B F 3 H W"]:
     """A video as float32 in [0, 1].
 
     Args:
-        video: [B, F, H, W, 3] or [B, 3, F, H, W], or either without B. Bytes are 0 .. 255. Floats
-            are in [0, 1] with the colour last (as images are), and in [-1, 1] with the colour
-            first (as a model gives them); colour last is also taken as [-1, 1] where something is
-            below -0.5, which no noisy image in [0, 1] is.
+        video: [B, F, H, W, 3] or [B, 3, F, H, W], or either without B; bytes in 0 .. 255 or floats.
+        signed: whether floats are in [-1, 1] rather than in [0, 1]. None looks: every background
+            of the world is darker than the middle, so that the median of a signed video is below 0.
 
     Raises:
         UserError: another shape, or values that are not finite.
@@ -107,17 +106,20 @@ def as_pixels(video: Tensor | np.ndarray) -> Float[Tensor, "B F 3 H W"]:
         )
     last = held.shape[4] == 3
     moved = held.permute(0, 1, 4, 2, 3) if last else held.permute(0, 2, 1, 3, 4)
-    if not held.is_floating_point():
-        return moved.float() / 255
     pixels = moved.float()
+    if not held.is_floating_point():
+        return pixels / 255
     if not bool(torch.isfinite(pixels).all()):
         raise UserError("the video holds NaN or infinity: give finite pixels")
-    signed = not last or bool((pixels < -0.5).any())
-    return ((pixels + 1) / 2 if signed else pixels).clamp(0, 1)
+    if bool(pixels.median() < 0) if signed is None else signed:
+        pixels = (pixels + 1) / 2
+    return pixels.clamp(0, 1)
 
 
-def parse(video: Tensor | np.ndarray, world: World | None = None) -> Parsed:
-    """Read clips; see :func:`as_pixels` for what a video is.
+def parse(
+    video: Tensor | np.ndarray, world: World | None = None, signed: bool | None = None
+) -> Parsed:
+    """Read clips; see :func:`as_pixels` for what a video is, and ``signed``.
 
     Args:
         world: the world that the clips claim to show; by default one of the video's size.
@@ -125,7 +127,7 @@ def parse(video: Tensor | np.ndarray, world: World | None = None) -> Parsed:
     Raises:
         UserError: frames of another size than the world's.
     """
-    pixels = as_pixels(video)
+    pixels = as_pixels(video, signed)
     height, width = pixels.shape[3:]
     if world is None and height == width:
         world = World(height)
@@ -150,11 +152,8 @@ def _parse(world: World, video: Float[Tensor, "B F 3 H W"]) -> Parsed:
     gains = colour_gains(world, video, behind)
     colour = gains.clamp_min(0).sum(1).argmax(1)
     rgb = palette().to(video.device)[colour]
-    maps = shape_gains(world, video, behind, rgb)
-    shape = maps.flatten(3).amax(3).clamp_min(0).sum(1).argmax(1)
-    own = maps[torch.arange(len(shape)), :, shape]
-    where, _ = track(own, FINE * _REACH * world.step)
-    where = (where / FINE).remainder(world.size)
+    shape, maps = best_shapes(world, video, behind, rgb)
+    where = (track(maps, FINE * _REACH * world.step) / FINE).remainder(world.size)
     share, near, part = explained(world, video, behind, rgb, shape, where)
     # without a background to stand out from, anything explains a bright patch
     seen = (share > _OWN) & (near > _NEAR) & backdrops.near

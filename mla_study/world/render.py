@@ -64,9 +64,7 @@ def background(name: str, world: World, phase: Float[Tensor, " P"]) -> Float[Ten
     return tint[0][None, :, None, None] + tint[1][None, :, None, None] * glow[:, None]
 
 
-def coverage(
-    shape: str, world: World, centre: Float[Tensor, "*S 2"]
-) -> Float[Tensor, "*S H W"]:
+def coverage(shape: str, world: World, centre: Float[Tensor, "*S 2"]) -> Float[Tensor, "*S H W"]:
     """How much of each pixel the sprite covers, from its signed distance with an edge of 1 pixel.
 
     Args:
@@ -92,7 +90,7 @@ def coverage(
 
 
 @functools.lru_cache(maxsize=4)
-def _scenery(
+def scenery(
     world: World, frames: int, first: int, device: torch.device
 ) -> Float[Tensor, "3 3 F H W"]:
     """Every background for every frame, RGB in [0, 1]."""
@@ -126,7 +124,7 @@ def render(
         if len(rows):
             alpha[rows] = coverage(shape, world, where[rows])
     colour = palette()[scenes.indices("colour")].to(place)[:, :, None, None, None]
-    video = _scenery(world, count, first, place)[scenes.indices("background").to(place)]
+    video = scenery(world, count, first, place)[scenes.indices("background").to(place)]
     # lerp from background to colour, in place: a training step waits for this
     video += alpha[:, None] * (colour - video)
     return video.mul_(2).sub_(1)
