@@ -51,7 +51,7 @@ def background(name: str, world: World, phase: Float[Tensor, " P"]) -> Float[Ten
             # a star sits in the middle of a pixel, else it would fade at small sizes
             dy = here[0] - (int(row * n) + 0.5)
             dx = here[1] - (int(column * n) + 0.5)
-            glow = glow + 0.30 * torch.exp(-(dy**2 + dx**2) / (2 * 0.5**2))
+            glow = glow + 0.22 * torch.exp(-(dy**2 + dx**2) / (2 * 0.5**2))
         tint = torch.tensor([[0.04, 0.05, 0.13], [1.0, 1.0, 1.1]])
     elif name == "stripes":
         wave = torch.tanh(2.0 * torch.sin(2 * math.pi * STRIPES * (x + y)))
