@@ -28,10 +28,11 @@ _NEAR = 0.3
 """... and this share of everything that differs from the background near it."""
 _TEXTURE = 0.15
 """A background is told where the clip shows this share of its contrast."""
-_STEADY = 1.0
-"""Steps within this many pixels of the median are the usual ones; half of all must be."""
+_STEADY = 1.5
+"""Ways within so many steps of the median are the usual ones; half of all must be."""
 _REACH = 3.5
 """Steps that a sprite can make between two frames before it counts as a jump."""
+_ENOUGH = 1 << 20  # values that tell the range of a video
 _PIECE = 1 << 21
 """Pixels of a video that are parsed at a time."""
 
@@ -111,7 +112,8 @@ def as_pixels(video: Tensor | np.ndarray, signed: bool | None = None) -> Float[T
         return pixels / 255
     if not bool(torch.isfinite(pixels).all()):
         raise UserError("the video holds NaN or infinity: give finite pixels")
-    if bool(pixels.median() < 0) if signed is None else signed:
+    few = pixels.flatten()[:: pixels.numel() // _ENOUGH | 1]
+    if bool(few.median() < 0) if signed is None else signed:
         pixels = (pixels + 1) / 2
     return pixels.clamp(0, 1)
 
@@ -184,7 +186,7 @@ def _facts(
             found.append(Facts(None, None, None, None, None, None, told, None, speeds[clip]))
             continue
         path = where[clip].cpu()
-        velocity = velocity_of(path, visible, world.size)
+        velocity = velocity_of(path, visible, world)
         row, column = cell_of(path, visible, velocity, world)
         speed, direction = _motion(velocity, world)
         found.append(
@@ -204,15 +206,15 @@ def _facts(
 
 
 def velocity_of(
-    path: Float[Tensor, "F 2"], visible: Int[Tensor, " V"], size: float
+    path: Float[Tensor, "F 2"], visible: Int[Tensor, " V"], world: World
 ) -> Float[Tensor, " 2"] | None:
     """(y, x) a frame: the mean of the steps near their median; None where most steps are not."""
     both = visible[:-1][visible.diff() == 1]
     if not len(both):
         return None
-    steps = apart(path[both + 1] - path[both], size)
+    steps = apart(path[both + 1] - path[both], world.size)
     middle = steps.median(0).values
-    usual = (steps - middle).norm(dim=1) <= _STEADY
+    usual = (steps - middle).norm(dim=1) <= _STEADY * world.step
     return steps[usual].mean(0) if 2 * int(usual.sum()) >= len(steps) else None
 
 

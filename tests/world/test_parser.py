@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mla_study.errors import UserError
+from mla_study.world.backdrop import find_backdrops
 from mla_study.world.check import CONDITIONS, EMPTY, blurred, check_condition, damage, wilson
 from mla_study.world.codec import fit_codec
 from mla_study.world.fitting import apart
 from mla_study.world.grammar import BACKGROUNDS
 from mla_study.world.parser import as_pixels, parse
-from mla_study.world.render import background, render
+from mla_study.world.render import background, masks, palette, render
 from mla_study.world.scenes import Scenes, World, sample_scenes
 
 WORLD = World()
@@ -103,6 +104,17 @@ def test_a_sprite_that_stands_still_has_no_speed_and_no_direction(seed: int) -> 
     for fact, caption in zip(parse(still).facts, scenes.captions, strict=True):
         assert (fact.speed, fact.direction) == (None, None)
         assert (fact.colour, fact.shape) == (caption.colour, caption.shape)
+
+
+def test_a_trembling_faded_sprite_is_read_right(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    scenes = sample_scenes(WORLD, 48, seed)
+    where = scenes.positions() + 0.4 * torch.randn((48, 12, 2), generator=rng)
+    hues = palette()[scenes.indices("colour")][:, :, None, None, None]
+    bare = find_backdrops(WORLD, as_pixels(render(scenes))).pixels.transpose(1, 2)
+    video = bare + 0.85 * masks(scenes, where)[:, None] * (hues - bare)
+    video = video + 0.05 * torch.randn(video.shape, generator=rng)
+    assert right(2 * video - 1, scenes) >= 0.9
 
 
 def test_frames_in_disorder_have_no_velocity(seed: int) -> None:
