@@ -25,6 +25,7 @@ from mla_study.commands.mask import Mask
 from mla_study.commands.plan import Plan
 from mla_study.commands.text import Text
 from mla_study.commands.vae import Vae
+from mla_study.commands.world import Score, World
 from mla_study.errors import EXIT_BAD_INPUT, UserError
 
 
@@ -275,6 +276,8 @@ Command = (
     | Annotated[Latents, tyro.conf.subcommand("latents")]
     | Annotated[Text, tyro.conf.subcommand("text")]
     | Annotated[Vae, tyro.conf.subcommand("vae")]
+    | Annotated[World, tyro.conf.subcommand("world")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Mask, tyro.conf.subcommand("mask")]
     | Annotated[CacheError, tyro.conf.subcommand("cache-error")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
