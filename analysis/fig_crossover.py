@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from mla_study.errors import UserError
 from mla_study.kernels.latent_attention.cost import crossover
 from mla_study.study.plots import COLOURS, NULL_COLOUR, save_figure, stamp, style
 from mla_study.study.runs import read_result, round_significant
@@ -68,6 +69,9 @@ def draw(out_dir: str, dtype: str = "fp32") -> Figure:
 
     result = read_result(ROOT / DATA[0])
     choices = round_significant(result.tables["choices"])
+    known = list(dict.fromkeys(choices["dtype"]))
+    if dtype not in known:
+        raise UserError(f"dtype={dtype} was not measured: give one of {', '.join(known)}")
     config = result.run["identity"]["config"]
     with style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, 2.7))

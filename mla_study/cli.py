@@ -314,7 +314,10 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
         print(f"{prog}: {message}{'' if message.endswith('.') else '.'}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command with --out goes on.", file=sys.stderr)
+        goes_on = (
+            "the same command with --out goes on" if prog == "rank-probe" else "no file is half"
+        )
+        print(f"{prog}: interrupted; {goes_on}.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -67,6 +67,13 @@ class Dispatch:
             self.queries, self.keys, self.batch, self.heads, self.d_c, self.d_rope, self.d_head,
             dtype, self.passes,
         )  # fmt: skip
+        if self.queries > self.keys:
+            raise UserError(
+                f"{self.queries} queries and {self.keys} keys: the queries are among the keys, so "
+                "there must be at least as many of these"
+            )
+        if self.by_flops and self.calibration is not None:
+            raise UserError("--by-flops forgets the rates that --calibration names: give one")
         rates = DERIVED
         if not self.by_flops and (kind == "cpu" or _cuda()):
             rates = find(dtype, self.device, self.threads, self.calibration)

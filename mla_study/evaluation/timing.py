@@ -9,6 +9,7 @@ noise below which a difference says nothing. Seconds are CPU seconds of this pro
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,6 +87,8 @@ def interleaved(
 ) -> Times:
     """Run every variant once a turn, ``repeats`` turns after ``warm_up`` that do not count.
 
+    The order within a turn is shuffled, the same way in every run.
+
     A variant that runs out of memory is left out with the sentence that says so; the others go on.
 
     Args:
@@ -98,8 +101,10 @@ def interleaved(
         calls[first + AGAIN] = calls[first]
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
+    shuffle = random.Random(0)
     for turn in range(-warm_up, repeats):
-        for again, call in calls.items():
+        # a call feels what ran just before it, so that every turn has an order of its own
+        for again, call in shuffle.sample(list(calls.items()), len(calls)):
             name = again.removesuffix(AGAIN)
             if name in errors:
                 continue

@@ -97,6 +97,17 @@ def test_the_crossover_is_where_the_counts_meet() -> None:
                 assert told is cheaper
 
 
+@pytest.mark.parametrize("keys", [100, 700, 15600])
+def test_few_keys_move_the_crossover(keys: int) -> None:
+    for d_c in (96, 128, 192, 512):
+        limit = crossover(d_c, 32, 128, keys=keys)
+        assert limit <= crossover(d_c, 32, 128)
+        for queries in range(1, keys, max(1, keys // 97)):
+            shape = Shape(queries, keys, d_c=d_c)
+            cheaper = absorbed_cost(shape).flops < reconstruct_cost(shape).flops
+            assert cheaper is (queries < limit)
+
+
 def test_keeping_expansions_divides_their_cost_and_holds_a_dense_cache() -> None:
     five = replace(WAN, passes=5)
     kept, anew = reconstruct_cost(five, keep_expanded=True), reconstruct_cost(five)

@@ -37,7 +37,8 @@ def test_rates_move_the_choice() -> None:
     assert decide(shape, calibration=slow).form == "absorbed"
     told = decide(shape, calibration=slow)
     assert told.seconds["absorbed"] < told.seconds["reconstruct"]
-    assert "some device" in explain(told, shape) and "269 queries" in explain(told, shape)
+    text = explain(told, shape)
+    assert "some device" in text and "below 260 queries (below 269 queries" in text
     assert "FLOPs alone" in explain(decide(shape), shape)
 
 
@@ -76,6 +77,13 @@ def test_the_fused_kernel_where_it_fits() -> None:
     assert "absorbed_triton" not in told.refused
     # it does not compute values as wide as keys
     assert told.seconds["absorbed_triton"] <= told.seconds["absorbed"]
+
+
+def test_rates_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    path.write_text(to_text([RATES]).replace("100000000000.0", "-1.0", 1))
+    with pytest.raises(UserError, match="above 0"):
+        calibrations.read(path)
 
 
 def test_calibrations_are_files_of_one_device(tmp_path: Path) -> None:

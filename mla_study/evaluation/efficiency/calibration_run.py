@@ -13,6 +13,7 @@ from mla_study.evaluation.timing import threads as on_threads
 from mla_study.kernels.latent_attention import calibrations
 from mla_study.kernels.latent_attention.cost import Calibration
 from mla_study.rollout.setup import usable_device
+from mla_study.study.probe_plots import writable
 from mla_study.study.runs import atomic_write
 
 PROGRAM = "calibrate"
@@ -39,6 +40,8 @@ def run_calibration(
     where = usable_device(device)
     name = calibrations.device_key(device)
     place = calibrations.FOLDER / calibrations.file_name(name) if out is None else out
+    if write:
+        writable(place)
     kept = calibrations.read(place, name) if place.exists() and write else []
     say(PROGRAM, f"{name}, {threads} threads")
     made: list[Calibration] = []

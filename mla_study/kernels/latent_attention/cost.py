@@ -138,16 +138,22 @@ def absorbed_cost(shape: Shape, value_is_key: bool = False) -> Cost:
     )
 
 
-def crossover(d_c: int, d_rope: int, d_head: int, value_is_key: bool = False) -> float:
-    """Queries below which absorbed has fewer FLOPs, whatever K is (K large); inf: always.
+def crossover(
+    d_c: int, d_rope: int, d_head: int, value_is_key: bool = False, keys: int | None = None
+) -> float:
+    """Queries below which absorbed has fewer FLOPs than reconstruct; inf: always.
 
-    M* = d_c (d_n + d_v) / (2 d_c - d_n - d_v) for exact counting; with ``value_is_key`` the d_r
-    channels that SDPA computes for nothing count.
+    With S = d_n + d_v and w = 2 d_c + d_r - 2 d_h it is K d_c S / (K w + d_c S), which for many
+    keys is M* = d_c (d_n + d_v) / (2 d_c - d_n - d_v).
+
+    Args:
+        value_is_key: count the d_r channels that SDPA computes for nothing.
+        keys: K; None: many.
     """
+    both = d_c * (2 * d_head - d_rope)
     wider = 2 * d_c + (2 if value_is_key else 1) * d_rope - 2 * d_head
-    if wider <= 0:
-        return float("inf")
-    return d_c * (2 * d_head - d_rope) / wider
+    below = wider if keys is None else wider + both / keys
+    return both / below if below > 0 else float("inf")
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,12 @@ class Calibration:
     residual: float = 0.0
     points: int = 0
     value_is_key: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.gemm > 0 and self.bandwidth > 0 and self.threads >= 0):
+            raise UserError(
+                f"rates of {self.device}, {self.dtype}: gemm and bandwidth must be above 0"
+            )
 
     def seconds(self, cost: Cost, form: Form) -> float:
         """Roofline of each phase, and the call's overhead; inf for a form without rates."""

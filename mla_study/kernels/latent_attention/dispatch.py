@@ -27,7 +27,7 @@ class Decision:
 
     Attributes:
         refused: form -> why it cannot run at this shape.
-        crossover: queries below which absorbed has fewer FLOPs.
+        crossover: queries below which absorbed has fewer FLOPs, at these keys.
     """
 
     form: Form
@@ -71,7 +71,7 @@ def decide(
     }
     ranked: list[tuple[float, Form]] = [(spent, name) for name, spent in seconds.items()]
     chosen: Form = min(ranked, key=lambda pair: pair[0])[1] if form is None else form
-    limit = crossover(shape.d_c, shape.d_rope, shape.d_head)
+    limit = crossover(shape.d_c, shape.d_rope, shape.d_head, keys=shape.keys)
     return Decision(chosen, seconds, refused, calibration, limit)
 
 
@@ -116,8 +116,8 @@ def _refusal(form: Form, shape: Shape, device: str) -> str | None:
     return reason or unavailable(there)
 
 
-def _below(limit: float) -> str:
-    return "at any number of queries" if limit == float("inf") else f"below {limit:.0f} queries"
+def _below(limit: float, keys: float = float("inf")) -> str:
+    return "at any number of queries" if limit >= keys else f"below {limit:.0f} queries"
 
 
 def explain(decision: Decision, shape: Shape) -> str:
@@ -141,8 +141,14 @@ def explain(decision: Decision, shape: Shape) -> str:
         else:
             lines.append(f"{mark} {form:<16} {decision.seconds[form]:.4g} {unit}")
     limit = decision.crossover
-    lines.append(f"by FLOPs absorbed is cheaper {_below(limit)}")
+    many = crossover(shape.d_c, shape.d_rope, shape.d_head)
+    lines.append(
+        f"by FLOPs absorbed is cheaper {_below(limit, shape.keys)} "
+        f"({_below(many)} where keys are many)"
+    )
     if rates.value_is_key:
-        sdpa = crossover(shape.d_c, shape.d_rope, shape.d_head, True)
-        lines[-1] += f"; by those of SDPA, whose values are as wide as its keys, {_below(sdpa)}"
+        sdpa = crossover(shape.d_c, shape.d_rope, shape.d_head, True, shape.keys)
+        lines.append(
+            f"by those of SDPA, whose values are as wide as its keys, {_below(sdpa, shape.keys)}"
+        )
     return "\n".join(lines)
