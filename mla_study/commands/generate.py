@@ -79,6 +79,8 @@ class Generate:
     """Record the passes of a full window as CUDA graphs."""
     fp8: bool = False
     """Projections in fp8 (e4m3), on GPUs that have it; the video changes a little."""
+    threads: int | None = None
+    """Threads of torch on the CPU (default: its own choice); one is best for the miniature."""
     resume: bool = False
     """Go on from the state saved beside --out; all else must be as it was."""
     save_every: int = 1
@@ -100,6 +102,12 @@ class Generate:
         from mla_study.rollout.sinks import check_place, kind_of
         from mla_study.rollout.stream import Rollout, RolloutConfig
 
+        if self.threads is not None:
+            if self.threads < 1:
+                raise UserError(f"--threads is {self.threads}, but it must be at least 1")
+            import torch
+
+            torch.set_num_threads(self.threads)
         if self.save_every < 0:
             raise UserError(f"--save-every is {self.save_every}, but it must be 0 or more")
         switches = parse_switches(self.prompt_at)

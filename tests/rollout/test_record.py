@@ -351,6 +351,7 @@ def test_bad_words_exit_with_two(tmp_path: Path) -> None:
         {"batch": 0},
         {"device": "toaster"},
         {"save_every": -1},
+        {"threads": 0},
         {"wan": tmp_path},
         {"embeddings": tmp_path / "none"},
     ):
