@@ -88,11 +88,13 @@ def test_k_times_eight_moves_the_raw_gauge_only(tmp_path: Path, seed: int) -> No
     still = np.isclose(both["value_x"], both["value_y"], rtol=1e-9, equal_nan=True)
     moved = both[~still]
     assert set(moved["gauge"]) == {"raw"} and set(moved["operator"]) == {"kv"}
-    # on the integer rank a factor of 8 shows as well
-    mine, theirs = (
-        one(p, metric="r_0.99", operator="kv", gauge="raw")["value"] for p in (before, after)
-    )
-    assert mine > theirs
+    # K alone is left of the joint operator, with fewer directions than K and V have together
+    for metric in ("entropy_rank", "r_0.99"):
+        mine, theirs = (
+            one(p, metric=metric, operator="kv", gauge="raw")["value"] for p in (before, after)
+        )
+        # the integer rank of a matrix so small may stand still by chance
+        assert mine > theirs or (metric == "r_0.99" and mine == theirs)
 
 
 # Real files
