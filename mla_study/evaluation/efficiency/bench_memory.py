@@ -20,7 +20,7 @@ import torch
 
 from mla_study.config import LatentConfig, ModelConfig, WindowConfig, wan_1_3b
 from mla_study.evaluation.efficiency.memory import (
-    CARDS,
+    CAPACITIES,
     GB,
     Channels,
     max_batch,
@@ -131,7 +131,7 @@ def closed_form(kind: Kind, window: str, d_c: int | None = None) -> dict[str, An
         "slope_gb": each.total / GB,
         "counted_slope_gb": counted_slope(kind.step(config, rule)) / GB,
     }
-    for card, gigabytes in CARDS.items():
+    for card, gigabytes in CAPACITIES.items():
         row[f"max_batch_{card.split()[0]}"] = max_batch(config, each, gigabytes * GB)
     return row | {"provenance": "modelled"}
 
@@ -298,7 +298,7 @@ def bench_batch(write: bool = True, measure: bool = True, folder: Path | None = 
     project = Project.find()
     paper = project.root / PAPER
     table = batch_table(pd.read_csv(paper))
-    cards = [f"max_batch_{card.split()[0]}" for card in CARDS]
+    cards = [f"max_batch_{card.split()[0]}" for card in CAPACITIES]
     shown = ["window", "d_c", "storage", "transient", "slope_gb", "paper_slope_gb", *cards]
     plain = (table["layout"] == "dense") | (table["transient"] == "k_nope and v")
     print(table.loc[plain, shown].to_string(index=False, na_rep=""))

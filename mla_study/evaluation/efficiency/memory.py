@@ -35,7 +35,7 @@ GB = 1e9
 ACTIVATION_WIDTHS = 15.3
 RUNTIME = 0.75 * GB
 """Assumed for the device's context and libraries, beside weights and requests."""
-CARDS: Mapping[str, float] = {"24 GB": 24.0, "80 GB": 80.0, "141 GB": 141.0, "180 GB": 180.0}
+CAPACITIES: Mapping[str, float] = {"24 GB": 24.0, "80 GB": 80.0, "141 GB": 141.0, "180 GB": 180.0}
 
 
 @dataclass(frozen=True)
