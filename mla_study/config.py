@@ -236,7 +236,25 @@ def mini(latent: bool = False) -> ModelConfig:
     )
 
 
-PRESETS = {"wan-1.3b": wan_1_3b, "wan-14b": wan_14b, "mini": mini}
+def small(latent: bool = False) -> ModelConfig:
+    """About 50 M parameters for one GPU: 12 blocks of width 512 on 64-pixel clips, d_c = d / 8."""
+    return dataclasses.replace(
+        mini(),
+        name="small",
+        layers=12,
+        width=512,
+        heads=8,
+        ffn_width=2048,
+        freq_dim=256,
+        text_dim=256,
+        latent_size=(16, 16),
+        latent=LatentConfig(d_c=64, d_q=256, d_nope=48, d_rope=16, rope_pairs=(4, 2, 2))
+        if latent
+        else None,
+    )
+
+
+PRESETS = {"wan-1.3b": wan_1_3b, "wan-14b": wan_14b, "small": small, "mini": mini}
 
 
 def preset(name: str, latent: bool = False) -> ModelConfig:
@@ -300,6 +318,8 @@ def from_dict(data: Any, cls: type[C] = ModelConfig, where: str = "the config") 
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
+    if hint is Any:
+        return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -314,6 +334,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise UserError(f"{where} has {len(value)} entries, but {len(kinds)} are needed.")
         return tuple(_convert(v, k, where) for v, k in zip(value, kinds, strict=True))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} is {value!r}, but an object is needed.")
+        return dict(value)
     if origin is Literal:
         if value not in args:
             choices = ", ".join(map(str, args))

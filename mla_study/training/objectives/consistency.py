@@ -18,18 +18,32 @@ Example::
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mla_study.errors import UserError
+from mla_study.kernels.masks import Positions
 from mla_study.rollout.sampler import over_latents, timestep_table
-from mla_study.training.flow import Convention, block_draws, guide, sigma_at, wide, x0_from_flow
+from mla_study.training.batch import Batch, Draws
+from mla_study.training.flow import (
+    Convention,
+    add_noise,
+    block_draws,
+    guide,
+    sigma_at,
+    wide,
+    x0_from_flow,
+)
+from mla_study.training.objective import Objective, Role, Roles, condition_both
+from mla_study.training.objectives.teacher_forcing import rule_for, teacher_forcing_flow
 
 __all__ = [
     "HUBER",
+    "Consistency",
     "Distance",
     "consistency_grid",
     "consistency_loss",
@@ -145,3 +159,68 @@ def consistency_loss(
         # sqrt(m + c^2) - c without the cancellation at small m
         far = far / ((far + constant**2).sqrt() + constant)
     return far.mean() if weight is None else (weight.to(far) * far).mean()
+
+
+@dataclass(frozen=True)
+class Consistency(Objective):
+    """Distil a chunk-causal teacher's guided flow into few steps, over perfect history.
+
+    The teacher is asked causally, as the student is: a dense model after teacher forcing.
+
+    Attributes:
+        guidance: weight in uncond + w (cond - uncond); at 1 the teacher is not guided.
+        intervals: of the grid from 1000 to 0.
+        windowed, positions: as in teacher forcing.
+    """
+
+    roles: ClassVar[tuple[Role, ...]] = ("teacher", "ema")
+    guidance: float = 3.0
+    intervals: int = 48
+    windowed: bool = True
+    positions: Positions | None = None
+    distance: Distance = "pseudo_huber"
+    constant: float = HUBER
+
+    def loss(self, turn: Role, roles: Roles, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Distance of the student's x0 at t from its average's at the teacher's step to t'."""
+        model, x0 = roles.get(turn), batch.latents
+        assert x0 is not None
+        config, frames = model.config, x0.shape[2]
+        grid = consistency_grid(self.intervals, config.flow.shift)
+        t, later = draws.pairs(
+            lambda own: interval_timesteps(grid, 1, frames, config.window.chunk, own)
+        )
+        x_t = add_noise(x0, draws.noise(*x0.shape[1:]), t)
+        x_next = self._teacher_step(roles, x_t, x0, t, later, batch.context)
+        with torch.no_grad():
+            target = self._x0(roles, "ema", x_next, x0, later, batch.context)
+        made = self._x0(roles, turn, x_t, x0, t, batch.context)
+        return {"loss": consistency_loss(made, target, None, self.distance, self.constant)}
+
+    def _x0(
+        self, roles: Roles, role: Role, x: Tensor, clean: Tensor, t: Tensor, context: Tensor
+    ) -> Tensor:
+        model = roles.get(role)
+        rule = rule_for(model.config, x.shape[2], self.windowed, self.positions)
+        flow = teacher_forcing_flow(model, x, clean, t, model.condition(context), rule)
+        return x0_from_flow(x, wide(flow), t)
+
+    @torch.no_grad()
+    def _teacher_step(
+        self, roles: Roles, x_t: Tensor, clean: Tensor, t: Tensor, later: Tensor, context: Tensor
+    ) -> Tensor:
+        teacher = roles.get("teacher")
+        rule = rule_for(teacher.config, x_t.shape[2], self.windowed, self.positions)
+        if self.guidance == 1:
+            told = teacher.condition(context)
+            flow = teacher_forcing_flow(teacher, x_t, clean, t, told, rule)
+            return consistency_step(x_t, flow, None, t, later, 1.0)
+        told = condition_both(teacher, context, roles.null)
+        twice = [torch.cat([part, part]) for part in (x_t, clean, t)]
+        cond, uncond = teacher_forcing_flow(
+            teacher, twice[0], twice[1], twice[2], told, rule
+        ).chunk(2)
+        return consistency_step(x_t, cond, uncond, t, later, self.guidance)
+
+
+OBJECTIVE = Consistency

@@ -11,22 +11,28 @@ Shapes as in :mod:`mla_study.training.flow`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mla_study.errors import UserError
+from mla_study.kernels.masks import Positions
 from mla_study.rollout.sampler import flow_from_x0, shifted_timesteps
+from mla_study.training.batch import Batch, Draws
 from mla_study.training.flow import (
     TRAIN_TIMESTEPS,
     Convention,
+    add_noise,
     block_draws,
     flow_matching_loss,
     guide,
     wide,
     x0_from_flow,
 )
+from mla_study.training.objective import Objective, Role, Roles, both_flows
+from mla_study.training.self_rollout import SelfRollout, draw_exit
 
 SCORE_BOUNDS = (20.0, 980.0)
 """Timesteps at which scores are asked: 2 % and 98 % of the range, after the shift."""
@@ -185,3 +191,75 @@ def critic_loss(
         x0 = score_x0(wide(x_t), wide(flow), t, tables)
         flow = flow_from_x0(wide(x_t), x0, t, tables.generator, "table")
     return flow_matching_loss(flow, x, noise)
+
+
+@dataclass(frozen=True)
+class DistributionMatching(Objective):
+    """Match the teacher's distribution on the student's own rollouts (DMD, Self-Forcing).
+
+    Attributes:
+        guidance: of the real score, weight in cond + w (cond - uncond).
+        critic_updates: of the fake score, before each one of the generator.
+        clips: how many training lengths a rollout has; scores see its last one.
+        grad_frames: the last frames of a rollout that carry gradients; None: all that are scored.
+        score_range: timesteps before the shift at which scores are asked.
+        mixed_tables: the reference's look-ups, see :class:`MixedTables`.
+    """
+
+    roles: ClassVar[tuple[Role, ...]] = ("teacher", "fake_score", "ema")
+    needs_latents: ClassVar[bool] = False
+    guidance: float = 3.0
+    critic_updates: int = 5
+    frames: int = 21
+    clips: int = 1
+    grad_frames: int | None = None
+    positions: Positions | None = None
+    score_range: tuple[int, int] = (0, TRAIN_TIMESTEPS)
+    mixed_tables: bool = False
+
+    def turns(self) -> tuple[Role, ...]:
+        """The critic's updates, then the generator's."""
+        critic: tuple[Role, ...] = ("fake_score",)
+        return (*critic * self.critic_updates, "generator")
+
+    def loss(self, turn: Role, roles: Roles, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """The critic's flow matching, or the generator's step along the scores' difference."""
+        model = roles.get("generator")
+        shift = model.config.flow.shift
+        training = turn == "generator"
+        with torch.set_grad_enabled(training):
+            x, skipped = self._rollout(roles, batch, draws, training)
+        count, frames = x.shape[0], x.shape[2]
+        low, high = self.score_range
+        t = draws.each(lambda own: score_timesteps(1, frames, shift, own, low, high))
+        noise = draws.noise(*x.shape[1:])
+        x_t = add_noise(x.detach(), noise, t)
+        fake = roles.get("fake_score")
+        tables = MixedTables() if self.mixed_tables else None
+        if not training:
+            flow = fake(x_t, t, fake.condition(batch.context))
+            return {"loss": critic_loss(flow, x, noise, x_t, t, tables)}
+        teacher = roles.get("teacher")
+        with torch.no_grad():
+            guess = score_x0(x_t, fake(x_t, t, fake.condition(batch.context)), t, tables)
+            cond, uncond = both_flows(teacher, x_t, t, batch.context, roles.null)
+            real = score_x0(x_t, cond, t, tables), score_x0(x_t, uncond, t, tables)
+        gradient = kl_gradient(x, guess, real[0], real[1], self.guidance)
+        mask = gradient_window(frames, skipped, x.device) if skipped else None
+        size = gradient.square().mean(dim=(1, 2, 3, 4)).sqrt().sum() / count
+        return {"loss": generator_loss(x, gradient, mask), "gradient": size}
+
+    def _rollout(
+        self, roles: Roles, batch: Batch, draws: Draws, training: bool
+    ) -> tuple[Tensor, int]:
+        """The last training length of a rollout, and how many of its frames are context only."""
+        model = roles.get("generator")
+        total = self.frames * self.clips
+        learnt = min(self.grad_frames or self.frames, self.frames)
+        exit_step = draw_exit(len(model.config.flow.denoise_steps), draws)
+        rollout = SelfRollout(model, self.positions, total - learnt if training else total)
+        made = rollout.run(batch.context, total, exit_step, draws)
+        return made[:, :, total - self.frames :], self.frames - learnt
+
+
+OBJECTIVE = DistributionMatching

@@ -5,18 +5,23 @@ Shapes as in :mod:`mla_study.training.flow`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mla_study.errors import UserError
+from mla_study.training.batch import Batch, Draws
 from mla_study.training.flow import (
     Weighting,
+    add_noise,
     block_timesteps,
     flow_matching_loss,
     loss_weights,
     per_frame,
 )
+from mla_study.training.objective import Objective, Role, Roles
 
 
 def teacher_timesteps(
@@ -43,23 +48,6 @@ def teacher_timesteps(
     return torch.where(drawn < share, alone, together)
 
 
-def drop_captions(
-    context: Float[Tensor, "B T text"],
-    null: Float[Tensor, "#B T text"],
-    share: float,
-    generator: torch.Generator,
-) -> Float[Tensor, "B T text"]:
-    """Text embeddings in which each sample's is replaced by ``null`` with probability ``share``.
-
-    What classifier-free guidance needs of the teacher: its unconditional prediction is the one
-    at ``null``.
-    """
-    chance = _probability("share", share)
-    shape = (context.shape[0], 1, 1)
-    drawn = torch.rand(shape, generator=generator, device=generator.device)
-    return torch.where(drawn.to(context.device) < chance, null.to(context), context)
-
-
 def teacher_loss(
     flow: Float[Tensor, "B C F height width"],
     x0: Float[Tensor, "B C F height width"],
@@ -84,3 +72,38 @@ def _probability(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise UserError(f"{name} is {value}, but a probability lies from 0 to 1")
     return value
+
+
+@dataclass(frozen=True)
+class Flow(Objective):
+    """Train a bidirectional teacher.
+
+    Attributes:
+        independent: share of samples with a timestep a frame.
+        drop: share of captions dropped, for guidance.
+    """
+
+    independent: float = 0.0
+    drop: float = 0.1
+    weighting: Weighting = "uniform"
+
+    def loss(self, turn: Role, roles: Roles, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Flow matching at (1 - sigma) x0 + sigma noise."""
+        model, x0 = roles.get(turn), batch.latents
+        assert x0 is not None
+        frames, shift = x0.shape[2], model.config.flow.shift
+        t = draws.each(lambda own: teacher_timesteps(1, frames, shift, own, self.independent))
+        noise = draws.noise(*x0.shape[1:])
+        context = dropped(batch.context, roles.null, self.drop, draws)
+        flow = model(add_noise(x0, noise, t), t, model.condition(context))
+        return {"loss": teacher_loss(flow, x0, noise, t, shift, self.weighting)}
+
+
+def dropped(context: Tensor, null: Tensor, share: float, draws: Draws) -> Tensor:
+    """Embeddings [B, T, E] with each sample's replaced by ``null`` at probability ``share``."""
+    _probability("drop", share)
+    lot = draws.each(lambda own: torch.rand((1, 1, 1), generator=own))
+    return torch.where(lot < share, null.to(context), context)
+
+
+OBJECTIVE = Flow

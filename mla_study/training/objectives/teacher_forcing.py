@@ -16,17 +16,32 @@ Example::
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mla_study.config import ModelConfig
 from mla_study.errors import UserError
-from mla_study.kernels.masks import Visibility, teacher_forcing
+from mla_study.kernels.masks import Positions, Visibility, teacher_forcing
 from mla_study.model.transformer import Conditioning, WanTransformer
-from mla_study.training.flow import Weighting, flow_matching_loss, loss_weights, per_frame
+from mla_study.training.batch import Batch, Draws
+from mla_study.training.flow import (
+    Weighting,
+    add_noise,
+    block_timesteps,
+    flow_matching_loss,
+    loss_weights,
+    per_frame,
+)
+from mla_study.training.objective import Objective, Role, Roles, positions_of
+from mla_study.training.objectives.flow import dropped
 
 __all__ = [
+    "TeacherForcing",
     "clean_and_noisy",
+    "rule_for",
     "teacher_forcing",
     "teacher_forcing_flow",
     "teacher_forcing_loss",
@@ -104,3 +119,43 @@ def teacher_forcing_loss(
     """
     weight = loss_weights(per_frame(t, flow.shape[0], flow.shape[2]), shift, weighting)
     return flow_matching_loss(flow, clean, noise, weight)
+
+
+def rule_for(
+    config: ModelConfig, frames: int, windowed: bool, positions: Positions | None
+) -> Visibility:
+    """The teacher-forcing rule of a model: its chunk, and its window where ``windowed``."""
+    window = config.window if windowed else None
+    return teacher_forcing(frames, config.window.chunk, window, positions_of(config, positions))
+
+
+@dataclass(frozen=True)
+class TeacherForcing(Objective):
+    """Train a chunk-causal student on data.
+
+    Attributes:
+        windowed: see what the rollout's cache would hold, sink included; else all earlier frames.
+        positions: temporal positions; None: the rollout's own.
+        drop: share of captions dropped.
+    """
+
+    windowed: bool = True
+    positions: Positions | None = None
+    drop: float = 0.0
+    weighting: Weighting = "bell"
+
+    def loss(self, turn: Role, roles: Roles, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Flow matching of every chunk over perfect history."""
+        model, x0 = roles.get(turn), batch.latents
+        assert x0 is not None
+        config, frames = model.config, x0.shape[2]
+        chunk, shift = config.window.chunk, config.flow.shift
+        t = draws.each(lambda own: block_timesteps(1, frames, chunk, shift, own))
+        noise = draws.noise(*x0.shape[1:])
+        told = model.condition(dropped(batch.context, roles.null, self.drop, draws))
+        rule = rule_for(config, frames, self.windowed, self.positions)
+        flow = teacher_forcing_flow(model, add_noise(x0, noise, t), x0, t, told, rule)
+        return {"loss": teacher_forcing_loss(flow, x0, noise, t, shift, self.weighting)}
+
+
+OBJECTIVE = TeacherForcing

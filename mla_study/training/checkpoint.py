@@ -1,0 +1,149 @@
+"""Checkpoints of a run: every state of every rank, complete or absent, and the log up to there.
+
+A checkpoint is a folder ``step-00000100`` of torch.distributed.checkpoint, written under a
+temporary name and renamed when it is complete; it loads on another number of ranks. The last two
+stay.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from mla_study.errors import UserError
+from mla_study.training.ranks import Ranks
+
+FOLDER = "checkpoints"
+LOG = "log.json"
+KEPT = 2
+_UNFINISHED = ".tmp"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints in ``out``.
+
+    Attributes:
+        models: what is saved of each role.
+        optimisers: of the roles that are trained.
+    """
+
+    out: Path
+    models: Mapping[str, nn.Module]
+    optimisers: Mapping[str, Sequence[torch.optim.Optimizer]]
+    ranks: Ranks
+
+    @property
+    def folder(self) -> Path:
+        return self.out / FOLDER
+
+    def latest(self) -> Path | None:
+        """The newest complete one."""
+        found = [p for p in self.folder.glob("step-*") if p.suffix != _UNFINISHED]
+        return max(found, default=None)
+
+    def _state(self) -> dict[str, Any]:
+        options = StateDictOptions(cpu_offload=False)
+        state: dict[str, Any] = {}
+        for role, model in self.models.items():
+            state[role] = get_model_state_dict(model, options=options)
+            if role in self.optimisers:
+                state[f"{role}.optimiser"] = get_optimizer_state_dict(
+                    model, self.optimisers[role], options=options
+                )
+        return state
+
+    def save(self, step: int, log: Sequence[Mapping[str, Any]]) -> Path:
+        """Write the state after ``step`` steps, and the log.
+
+        Raises:
+            UserError: it cannot be written; the checkpoint before stays.
+        """
+        final = self.folder / f"step-{step:08d}"
+        partial = final.with_name(final.name + _UNFINISHED)
+        try:
+            if self.ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self.ranks.wait()
+            state_dict_saver.save(
+                self._state(), checkpoint_id=partial, no_dist=self.ranks.count == 1
+            )
+            if self.ranks.first:
+                (partial / LOG).write_text(json.dumps(list(log)))
+                if not final.exists():
+                    partial.rename(final)
+                self._prune()
+        except (OSError, CheckpointException) as error:
+            if self.ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"step {step} cannot be saved in {self.folder} ({_reason(error)}): "
+                f"{self._last()} stays; free some space and start again"
+            ) from None
+        self.ranks.wait()
+        return final
+
+    def _last(self) -> str:
+        latest = self.latest()
+        return "nothing before it" if latest is None else latest.name
+
+    def _prune(self) -> None:
+        done = sorted(p for p in self.folder.glob("step-*") if p.suffix != _UNFINISHED)
+        for old in done[:-KEPT]:
+            shutil.rmtree(old)
+        for left in self.folder.glob(f"step-*{_UNFINISHED}"):
+            shutil.rmtree(left)
+
+    def load(self, path: Path) -> tuple[int, list[dict[str, Any]]]:
+        """Take back a state; (steps done, the log up to there).
+
+        Raises:
+            UserError: files are missing, damaged, or of other shapes.
+        """
+        state = self._state()
+        try:
+            state_dict_loader.load(state, checkpoint_id=path, no_dist=self.ranks.count == 1)
+            log = json.loads((path / LOG).read_text())
+        except (Exception, CheckpointException) as error:
+            raise UserError(
+                f"checkpoint {path} cannot be read ({_reason(error)}): remove it, and the run goes "
+                "on from the one before"
+            ) from None
+        for role, model in self.models.items():
+            set_model_state_dict(model, state[role])
+            if role in self.optimisers:
+                set_optimizer_state_dict(
+                    model, list(self.optimisers[role]), state[f"{role}.optimiser"]
+                )
+        return int(path.name.removeprefix("step-")), log
+
+
+def _reason(error: BaseException) -> str:
+    causes = getattr(error, "failures", None)
+    first = next(iter(causes.values())) if causes else error
+    inner = first[0] if isinstance(first, tuple) else first
+    return getattr(inner, "strerror", None) or str(inner).splitlines()[0][:200]
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Unsharded parameters and buffers on the CPU; empty on all ranks but the first."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = get_model_state_dict(model, options=options)
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}

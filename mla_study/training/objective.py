@@ -1,0 +1,148 @@
+"""What the trainer asks of an objective. A further objective is one file, here or anywhere.
+
+An objective is a frozen dataclass whose fields are its options. It names the roles that it needs
+beside the ``generator`` (``teacher`` and ``fake_score`` start as copies of the teacher's weights,
+``ema`` as one of the generator's), the role that each update of a step trains, and its loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mla_study.config import ModelConfig, from_dict
+from mla_study.errors import UserError
+from mla_study.kernels.masks import Positions
+from mla_study.model.transformer import Conditioning, WanTransformer
+from mla_study.training.batch import Batch, Draws
+
+Role = Literal["generator", "teacher", "fake_score", "ema"]
+ROLES: tuple[Role, ...] = get_args(Role)
+PACKAGE = "mla_study.training.objectives"
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The models of a run; a role that the objective does not name is None.
+
+    Attributes:
+        null: text embedding [1, T, E] of a dropped caption.
+    """
+
+    generator: WanTransformer
+    teacher: WanTransformer | None = None
+    fake_score: WanTransformer | None = None
+    ema: WanTransformer | None = None
+    null: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(1, 1, 1))
+
+    def get(self, role: Role) -> WanTransformer:
+        """The model of a role.
+
+        Raises:
+            ValueError: the objective did not name it.
+        """
+        model = getattr(self, role)
+        if model is None:
+            raise ValueError(f"the objective uses the role '{role}' without naming it in `roles`")
+        return model
+
+    def named(self) -> dict[Role, WanTransformer]:
+        """All roles that there are."""
+        found: dict[Role, WanTransformer] = {}
+        for role in ROLES:
+            model: WanTransformer | None = getattr(self, role)
+            if model is not None:
+                found[role] = model
+        return found
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """Base of all objectives; see :mod:`mla_study.training.objectives.flow` for the shortest."""
+
+    roles: ClassVar[tuple[Role, ...]] = ()
+    needs_latents: ClassVar[bool] = True
+
+    def turns(self) -> tuple[Role, ...]:
+        """The role that each update of a step trains, in order."""
+        return ("generator",)
+
+    @abstractmethod
+    def loss(self, turn: Role, roles: Roles, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Scalars by name: ``loss`` is minimised in the role ``turn``, all are logged."""
+
+
+def positions_of(config: ModelConfig, chosen: Positions | None) -> Positions:
+    """Temporal positions of a causal pass: as the rollout's, where nothing else is chosen."""
+    if chosen is not None:
+        return chosen
+    return "relative" if config.latent is not None or config.learned_positions else "absolute"
+
+
+def both_flows(
+    model: WanTransformer,
+    x: Tensor,
+    t: Tensor,
+    context: Tensor,
+    null: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A bidirectional model's flow with the prompt and without, in one pass of twice the batch."""
+    joined = condition_both(model, context, null)
+    cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), joined).chunk(2)
+    return cond, uncond
+
+
+def condition_both(model: WanTransformer, context: Tensor, null: Tensor) -> Conditioning:
+    """Conditioning of prompts and, after them, of as many dropped ones."""
+    return model.condition(torch.cat([context, null.to(context).expand_as(context)]))
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The objective in ``mla_study/training/objectives/NAME.py``, or in a file of one's own.
+
+    Args:
+        name: a module's name, or a path that ends with ``.py``; the file defines ``OBJECTIVE``.
+
+    Raises:
+        UserError: there is none of that name, or the file defines none.
+    """
+    if name.endswith(".py"):
+        module = _from_file(Path(name))
+    else:
+        package = importlib.import_module(PACKAGE)
+        known = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+        if name.replace("-", "_") not in known:
+            raise UserError(
+                f"There is no objective '{name}'; there are {', '.join(known)}, or give a .py file."
+            )
+        module = importlib.import_module(f"{PACKAGE}.{name.replace('-', '_')}")
+    found = getattr(module, "OBJECTIVE", None)
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise UserError(
+            f"{name} defines no OBJECTIVE, a subclass of mla_study.training.objective.Objective"
+        )
+    return found
+
+
+def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:
+    """The objective with these options; unknown ones and wrong types are told as config's are."""
+    return from_dict(dict(options or {}), objective_class(name), f"objective {name}")
+
+
+def _from_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file with an objective")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
