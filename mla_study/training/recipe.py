@@ -110,7 +110,7 @@ def mini() -> dict[str, Stage]:
         "flow": Stage(
             "flow", 3600, 16,
             Optimiser(2e-3, 2e-2, (0.9, 0.99), weight_decay=0.0, warmup=100, decay=0.3),
-            options={"independent": 0.4, "drop": 0.1}, ema=0.99, **common,
+            options={"independent": 0.5, "drop": 0.1}, ema=0.99, **common,
         ),
         "teacher_forcing": Stage(
             "teacher_forcing", 250, 8, student, options={"drop": 0.1}, ema=0.95, **common
@@ -136,7 +136,7 @@ def small() -> dict[str, Stage]:
         "flow": Stage(
             "flow", 3000, 64,
             Optimiser(5e-4, 2e-2, (0.9, 0.99), weight_decay=0.0, warmup=100, decay=0.3),
-            options={"independent": 0.4, "drop": 0.1}, ema=0.995, **common,
+            options={"independent": 0.5, "drop": 0.1}, ema=0.995, **common,
         ),
         "teacher_forcing": Stage(
             "teacher_forcing", 700, 64, student, options={"drop": 0.1}, ema=0.99, **common

@@ -1,7 +1,8 @@
 """A linear codec for the miniature: 4 x 4 patches of a frame to 16 channels, by PCA in closed form.
 
 It stands where a VAE would: latents [B, 16, F, H/4, W/4] of clips [B, 3, F, H, W] in [-1, 1].
-Channels are ordered by variance and not whitened.
+Channels are ordered by variance and not whitened; all share one scale, which makes their mean
+variance 1.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _PIECE = 64
 class Codec:
     """Orthonormal rows ``basis`` over the values of a patch (colour, row, column) about ``mean``.
 
+    Latents are the components times ``scale``.
     ``variance`` is that of each latent channel over the clips it was fitted to; ``psnr`` is the
     reconstruction's on those, in dB, with a range of 2 between the darkest and lightest pixel.
     """
@@ -39,6 +41,7 @@ class Codec:
     psnr: float
     world: World
     seed: int
+    scale: float = 1.0
 
     @property
     def patch(self) -> int:
@@ -53,7 +56,8 @@ class Codec:
         """
         patches = to_patches(video, self.patch)
         basis, mean = self.basis.to(video), self.mean.to(video)
-        return torch.einsum("bvfhw,cv->bcfhw", patches - mean[None, :, None, None, None], basis)
+        centred = patches - mean[None, :, None, None, None]
+        return torch.einsum("bvfhw,cv->bcfhw", centred, self.scale * basis)
 
     def decode(self, latents: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B 3 F H W"]:
         """Clips of latents; pixels are not clamped, so that ``encode(decode(z))`` is z."""
@@ -62,7 +66,7 @@ class Codec:
                 f"latents of {latents.shape[1]} channels do not fit a codec of {len(self.basis)}"
             )
         basis, mean = self.basis.to(latents), self.mean.to(latents)
-        patches = torch.einsum("bcfhw,cv->bvfhw", latents, basis)
+        patches = torch.einsum("bcfhw,cv->bvfhw", latents, basis / self.scale)
         return from_patches(patches + mean[None, :, None, None, None], self.patch)
 
     def save(self, path: Path | str) -> None:
@@ -80,6 +84,7 @@ class Codec:
             "world": json.dumps(asdict(self.world)),
             "psnr": repr(self.psnr),
             "seed": str(self.seed),
+            "scale": repr(self.scale),
         }
         held = {"basis": self.basis, "mean": self.mean, "variance": self.variance}
         plain = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
@@ -104,6 +109,7 @@ def load_codec(path: Path | str) -> Codec:
             )
         world = World(**json.loads(facts["world"]))
         psnr, seed = float(facts["psnr"]), int(facts["seed"])
+        scale = float(facts["scale"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as a codec ({error}): fit one and save it"
@@ -111,7 +117,7 @@ def load_codec(path: Path | str) -> Codec:
     shapes = basis.ndim, mean.ndim, variance.ndim
     if shapes != (2, 1, 1) or basis.shape != (len(variance), len(mean)):
         raise UserError(f"{path} holds tensors that do not fit together: fit a codec anew")
-    return Codec(basis, mean, variance, psnr, world, seed)
+    return Codec(basis, mean, variance, psnr, world, seed, scale)
 
 
 def fit_codec(
@@ -152,13 +158,15 @@ def fit_codec(
     kept = variances.flip(0)
     lost = float(kept[channels:].clamp_min(0).sum() / values)
     psnr = 10 * torch.log10(torch.tensor(4 / max(lost, 1e-12), dtype=torch.float64)).item()
+    power = float(kept[:channels].mean())
     return Codec(
         basis.float().contiguous(),
         mean.float(),
-        kept[:channels].float().contiguous(),
+        (kept[:channels] / power).float().contiguous(),
         psnr,
         world,
         seed,
+        power**-0.5,
     )
 
 

@@ -1,0 +1,186 @@
+"""Judges a model of the world by its videos: rolled out, decoded, parsed window by window.
+
+A long video is read in windows of the training length. In each of them the true sprite moves as
+the caption says from where the sprite was first seen there, so that overlap and velocity tell what
+a window shows by itself; how far the sprite has strayed from its path since the start is
+``phase_error``.
+
+Shapes: B videos, F frames, C latent channels, h x w latent, H = W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mla_study.config import WindowConfig
+from mla_study.kernels.masks import Positions
+from mla_study.model.storage import Storage
+from mla_study.model.transformer import WanTransformer
+from mla_study.rollout.sampler import guided, solve
+from mla_study.rollout.stream import stream
+from mla_study.training.objective import positions_of
+from mla_study.world.codec import Codec
+from mla_study.world.fitting import apart
+from mla_study.world.grammar import Caption, sample_captions
+from mla_study.world.parser import parse
+from mla_study.world.scenes import Scenes, World, velocities
+from mla_study.world.score import Scores, compare
+from mla_study.world.text import CaptionEncoder
+
+PLACE = ("row", "column")
+"""Slots that only the first window can show."""
+_TOGETHER = 64
+"""Videos that are rolled out at once."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is rolled out.
+
+    Attributes:
+        videos: how many, each with a caption of its own.
+        clips: length in training lengths.
+        seed: of captions and noise.
+        solver_steps, guidance: of a bidirectional teacher (guidance: uncond + w (cond - uncond)).
+    """
+
+    videos: int = 64
+    clips: int = 1
+    seed: int = 0
+    window: WindowConfig | None = None
+    positions: Positions | None = None
+    storage: Storage | None = None
+    clean_pass: bool = True
+    solver_steps: int = 32
+    guidance: float = 2.0
+
+    @property
+    def captions(self) -> list[Caption]:
+        """One a video."""
+        return sample_captions(self.videos, 77, self.seed)
+
+
+def rollouts(
+    model: WanTransformer, codec: Codec, trial: Trial, bidirectional: bool = False
+) -> Iterator[tuple[list[Caption], Float[Tensor, "B 3 F H W"]]]:
+    """Videos in [-1, 1] with their captions, some at a time."""
+    encode = CaptionEncoder.of(model.config)
+    for first in range(0, trial.videos, _TOGETHER):
+        told = trial.captions[first : first + _TOGETHER]
+        context = encode([str(caption) for caption in told])
+        make = _sampled if bidirectional else _streamed
+        latents = make(model, context, trial, codec.world.frames, first)
+        yield told, codec.decode(latents).clamp(-1, 1)
+
+
+@torch.no_grad()
+def _sampled(
+    model: WanTransformer, context: Tensor, trial: Trial, frames: int, first: int
+) -> Tensor:
+    """Clips of a bidirectional model by many steps of the guided flow."""
+    config = model.config
+    draw = torch.Generator().manual_seed(1_000_003 * trial.seed + first)
+    shape = (len(context), config.in_channels, frames, *config.latent_size)
+    noise = torch.randn(shape, generator=draw)
+    told, untold = model.condition(context), model.condition(torch.zeros_like(context))
+    velocity = guided(
+        lambda x, t: model(x, t, told), lambda x, t: model(x, t, untold), trial.guidance
+    )
+    return solve("euler", noise, velocity, trial.solver_steps, config.flow.shift)[-1]
+
+
+def _streamed(
+    model: WanTransformer, context: Tensor, trial: Trial, frames: int, first: int
+) -> Tensor:
+    """Rollouts of a few-step student; the seed's noise is that of the sample's place in the run."""
+    total = frames * trial.clips
+    chunks = stream(
+        model,
+        context,
+        frames=total,
+        seed=1_000_003 * trial.seed + first,
+        window=trial.window,
+        positions=positions_of(model.config, trial.positions),
+        storage=trial.storage,
+        clean_pass=trial.clean_pass,
+    )
+    return torch.cat([chunk.latents for chunk in chunks], dim=2)[:, :, :total]
+
+
+def windows(
+    video: Float[Tensor, "B 3 F H W"], captions: Sequence[Caption], world: World
+) -> list[Scores]:
+    """Scores of each window of the training length."""
+    found: list[Scores] = []
+    for start in range(0, video.shape[2], world.frames):
+        parsed = parse(video[:, :, start : start + world.frames], world)
+        seen, where = parsed.seen.cpu(), parsed.where.cpu()
+        first = seen.float().argmax(1)
+        rows = torch.arange(len(captions))
+        speed = velocities(world, captions)
+        origin = where[rows, first] - first[:, None] * speed
+        found.append(compare(parsed, captions, Scenes(world, tuple(captions), origin)))
+    return found
+
+
+def records(
+    found: Sequence[Scores], captions: Sequence[Caption], world: World
+) -> list[dict[str, Any]]:
+    """A row a video and window: what is shown (True or False), and how well.
+
+    ``all_correct`` of a later window leaves out the place; ``phase_error`` is that of the window's
+    last frame on the path that the first window began, in pixels, NaN where nothing is seen.
+    """
+    speed = velocities(world, captions)
+    origin = None
+    rows: list[dict[str, Any]] = []
+    for index, scores in enumerate(found):
+        parsed = scores.parsed
+        where, seen = parsed.where.cpu(), parsed.seen.cpu()
+        if origin is None:
+            origin = where[:, 0] - 0
+        last = (index + 1) * world.frames - 1
+        true = origin + last * speed
+        stray = apart(where[:, -1] - true, world.size).norm(dim=-1)
+        stray = stray.masked_fill(~(seen[:, -1] & found[0].parsed.seen[:, 0].cpu()), float("nan"))
+        shown = {s: v for s, v in scores.correct.items() if index == 0 or s not in PLACE}
+        everything = torch.stack(list(shown.values())).all(0)
+        for video in range(len(captions)):
+            rows.append(
+                {"window": index}
+                | {slot: bool(values[video]) for slot, values in shown.items()}
+                | {
+                    "all_correct": bool(everything[video]),
+                    "has_sprite": bool(scores.has_sprite[video]),
+                    "iou": float(scores.iou[video]),
+                    "velocity_error": float(scores.velocity_error[video]),
+                    "colour_kept": float(scores.colour_kept[video]),
+                    "phase_error": float(stray[video]),
+                }
+            )
+    return rows
+
+
+def judge(
+    model: WanTransformer, codec: Codec, trial: Trial, bidirectional: bool = False
+) -> list[dict[str, Any]]:
+    """A row a video and window, see :func:`records`; ``video`` counts over the trial."""
+    rows: list[dict[str, Any]] = []
+    first = 0
+    for captions, video in rollouts(model, codec, trial, bidirectional):
+        made = records(windows(video, captions, codec.world), captions, codec.world)
+        count = len(captions)
+        rows += [row | {"video": first + place % count} for place, row in enumerate(made)]
+        first += count
+    return rows
+
+
+def longer(trial: Trial, clips: int, videos: int) -> Trial:
+    """The same trial at another length."""
+    return replace(trial, clips=clips, videos=videos)
