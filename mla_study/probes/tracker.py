@@ -99,7 +99,8 @@ class Tracker:
         references: name -> state dict whose row space is compared (``overlap_with_NAME``), such as
             another init's. ``start`` is the first state that is measured, unless it is given here.
         metrics: which to give (overlaps apart).
-        draws: of the Gaussian nulls on real inputs, which are drawn at every call.
+        draws: of the Gaussian products on real inputs, at every call; of dense operators, whose
+            draws cost more, half as many.
         seed: of the nulls.
 
     Example::
@@ -115,7 +116,7 @@ class Tracker:
         references: Mapping[str, State] | None = None,
         *,
         metrics: Sequence[str] = METRICS,
-        draws: int = 4,
+        draws: int = 8,
         seed: int = 0,
     ) -> None:
         self._source = None if source is None else _Held.of(source, "the source")
@@ -167,8 +168,9 @@ class Tracker:
             root, eigenvalues = _root(layer, attention, inputs or {})
             measured = held.measure(layer, root)
             if eigenvalues is not None:
+                draws = self.draws if attention.latent else max(2, self.draws // 2)
                 measured.nulls[1] = weighted_nulls(
-                    measured.spectra[1], eigenvalues, self.seed, self.draws, nearest=True
+                    measured.spectra[1], eigenvalues, self.seed, draws, nearest=True
                 )
             rows.add(source, attention, measured, self._nulls(layer, attention, measured, root))
             rows.table += self._overlaps(source, attention, measured.basis)
