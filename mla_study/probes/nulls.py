@@ -65,15 +65,31 @@ def gaussian_null(
 def _gaussian(
     m: int, n: int, seed: int, draws: int, ks: tuple[int, ...], taus: tuple[float, ...]
 ) -> NullModel:
-    large, small = max(m, n), min(m, n)
     rng = np.random.default_rng(np.random.SeedSequence([seed, m, n]))
+    return _sample(lambda: _gaussian_draw(rng, m, n), draws, min(m, n), ks, taus)
 
-    def draw() -> np.ndarray:
-        diagonal = np.sqrt(rng.chisquare(large - np.arange(small)))
-        above = np.sqrt(rng.chisquare(np.arange(small - 1, 0, -1)))
-        return _bidiagonal_singular_values(diagonal, above)
 
-    return _sample(draw, draws, small, ks, taus)
+@lru_cache(maxsize=1024)
+def gaussian_edge(m: int, n: int, k: int, seed: int = 0) -> tuple[float, float]:
+    """sigma_k / sigma_1 of an iid Gaussian [m, n]: (value, se) as :func:`gaussian_null` has them.
+
+    Raises:
+        ValueError: a size below 1, or k outside 1..min(m, n).
+    """
+    _check_sizes(None, m, n)
+    if not 1 <= k <= min(m, n):
+        raise ValueError(f"a matrix of sizes {(m, n)} has no singular value number {k}")
+    rng = np.random.default_rng(np.random.SeedSequence([seed, m, n]))
+    drawn = [_gaussian_draw(rng, m, n) for _ in range(_default_draws(min(m, n)))]
+    ratio = np.array([sigma[k - 1] / sigma[0] for sigma in drawn])
+    return float(ratio.mean()), float(ratio.std(ddof=1) * np.sqrt(1 + 1 / ratio.size))
+
+
+def _gaussian_draw(rng: np.random.Generator, m: int, n: int) -> np.ndarray:
+    large, small = max(m, n), min(m, n)
+    diagonal = np.sqrt(rng.chisquare(large - np.arange(small)))
+    above = np.sqrt(rng.chisquare(np.arange(small - 1, 0, -1)))
+    return _bidiagonal_singular_values(diagonal, above)
 
 
 def _bidiagonal_singular_values(diagonal: np.ndarray, above: np.ndarray) -> np.ndarray:

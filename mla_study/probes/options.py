@@ -12,6 +12,7 @@ from mla_study.errors import UserError
 from mla_study.probes.layer import DEFAULT_OPERATORS, OPERATORS, Request
 from mla_study.probes.spectrum import DEFAULT_KS, METRICS
 from mla_study.probes.stacks import GAUGES
+from mla_study.probes.table import EDGE
 
 UNITS = {
     "r_*": "singular values (count)",
@@ -25,6 +26,7 @@ UNITS = {
     "spectral_norm": "units of the operator in its gauge",
     "condition": "ratio",
     "tail_exponent": "exponent",
+    EDGE: "ratio",
     "null_se": "units of the metric (standard deviation of one random matrix)",
     "sigma": "units of the operator in its gauge",
 }
@@ -70,9 +72,9 @@ class Options:
                     one = name.removesuffix("s")
                     raise UserError(f"there is no {one} {word!r}: choose from {', '.join(known)}")
         for pattern in self.metrics:
-            if not fnmatch.filter(METRICS + WEIGHTED_METRICS, pattern) and not pattern.startswith(
-                _OTHER_METRICS
-            ):
+            if not fnmatch.filter(
+                (*METRICS, *WEIGHTED_METRICS, EDGE), pattern
+            ) and not pattern.startswith(_OTHER_METRICS):
                 raise UserError(
                     f"no metric is called {pattern!r}: choose from {', '.join(METRICS)}"
                 )

@@ -210,7 +210,8 @@ def probe_sources(
         store: where finished blocks are kept; a second run with the same one goes on there.
         workers: processes; None decides by the amount of arithmetic and the number of cores.
         progress: called with (blocks finished, blocks in all, bytes read so far).
-        subspaces: keep a basis of each block's row space in the store too.
+        subspaces: keep a basis of each block's row space in the store too, and add
+            :data:`~mla_study.probes.table.EDGE` to the metrics.
 
     Raises:
         UserError: any checkpoint that cannot be read, holds no attention, or holds NaN or Inf.
@@ -243,7 +244,8 @@ def probe_sources(
 
     run(items, store, workers, tick)
     digests = Digests()
-    rows = Rows(options.wants, options.seed, dense.spectra(store, digests) if dense else {})
+    truncated = dense.spectra(store, digests) if dense else {}
+    rows = Rows(options.wants, options.seed, truncated, edge=subspaces)
     for source, item in planned:
         measured = load(item, store)
         digests.add(source.label, measured.digests)

@@ -60,6 +60,27 @@ def parse_series(texts: Sequence[str], step_regex: str | None = None) -> list[So
     ]
 
 
+def named_series(text: str) -> dict[str, str]:
+    """``svd:DIR1,random:DIR2`` as name -> pattern, fit for :func:`parse_series` as NAME=PATTERN.
+
+    A folder stands for all that lies in it; a pattern, or ``=`` in place of ``:``, will do too.
+
+    Raises:
+        UserError: a part without a name, or a name twice.
+    """
+    found: dict[str, str] = {}
+    for part in re.split(r",(?=[\w.-]+[:=])", text):
+        named = re.match(r"\s*([\w.-]+)[:=](.*\S)", part, re.DOTALL)
+        if named is None:
+            raise UserError(f"{part!r} names no series: give NAME:FOLDER, several with commas")
+        name, place = named[1], named[2]
+        if name in found:
+            raise UserError(f"the series {name!r} is named twice: give each its own name")
+        folder = Path(place).expanduser()
+        found[name] = f"{glob.escape(str(folder))}/*" if folder.is_dir() else place
+    return found
+
+
 def _weights_of(paths: Sequence[str]) -> list[str]:
     """Weight files and folders among what a pattern matches; all where there are none."""
     suffixes = (*SUFFIXES, ".index.json")
@@ -151,7 +172,7 @@ def probe_series(
                 theirs, metric = bases.get(partner), f"overlap_with_{name}"
                 fits = theirs is not None and theirs.shape[0] == basis.shape[0]
                 if theirs is not None and fits and options.wants(metric):
-                    rows[source].append(_overlap_row(source, place, metric, latent, basis, theirs))
+                    rows[source].append(overlap_row(source, place, metric, latent, basis, theirs))
     probed.table = _with_rows(probed, [row for some in rows.values() for row in some])
     if lacking:
         probed.extra_notes.append(
@@ -160,7 +181,7 @@ def probe_series(
     return probed
 
 
-def _overlap_row(
+def overlap_row(
     source: Source,
     place: Place,
     metric: str,
@@ -168,6 +189,7 @@ def _overlap_row(
     mine: np.ndarray,
     theirs: np.ndarray,
 ) -> tuple[Any, ...]:
+    """The table's row of the overlap of two bases [d, k] and [d, l], beside that of chance."""
     d, k = mine.shape
     expected, se = overlap_null(k, theirs.shape[1], d)
     operator = "composed" if latent else "kv"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,10 @@ COLUMNS = (
     "method",
     "provenance",
 )
+EDGE = "sigma_dc_over_sigma_1"
+"""Metric: the smallest singular value that a latent of the same size could keep, over the first.
+
+Its number is the latent rank d_c of a product, min(m, n) / 8 of another operator."""
 SPECTRA_COLUMNS = (*COLUMNS[:8], "index", "sigma")
 KINDS = {
     "layer": "int64",
@@ -49,6 +53,9 @@ KINDS = {
     "sigma": "float64",
 }
 """dtypes of the columns that are not text."""
+
+
+_SPECTRA = ("truncated_source", "untrained")  # nulls that are spectra themselves
 
 
 @dataclass(frozen=True)
@@ -66,17 +73,27 @@ class Rows:
     """Collects the rows of both tables.
 
     ``wants`` chooses metrics; ``seed`` is that of the nulls; ``truncated`` holds a dense source's
-    singular values of [K; V] by layer.
+    singular values of [K; V] by layer; ``edge`` adds :data:`EDGE`.
     """
 
     wants: Callable[[str], bool]
     seed: int
-    truncated: dict[int, np.ndarray]
+    truncated: Mapping[int, np.ndarray]
+    edge: bool = False
     table: list[tuple[Any, ...]] = field(default_factory=list)
     spectra: list[tuple[tuple[Any, ...], np.ndarray]] = field(default_factory=list)
 
-    def add(self, source: Source, attention: Attention, measured: Measured) -> None:
-        """All rows of one block."""
+    def add(
+        self,
+        source: Source,
+        attention: Attention,
+        measured: Measured,
+        more: Mapping[int, Mapping[str, nulls.NullModel]] | None = None,
+    ) -> None:
+        """All rows of one block; ``more`` are nulls beside the usual ones, by spectrum's number.
+
+        A null that is a spectrum (``truncated_source``, ``untrained``) is in the operator's scale.
+        """
         for number, spectrum in enumerate(measured.spectra):
             place = (
                 source.label,
@@ -90,12 +107,18 @@ class Rows:
             )
             tail = (spectrum.m, spectrum.n, spectrum.method, "measured")
             models = measured.nulls.get(number) or self._models(attention, spectrum)
+            models = {**models, **(more or {}).get(number, {})}
             values = {**measured.metrics[number], **functional_errors(spectrum)}
+            if self.edge:
+                values[EDGE] = edge_ratio(spectrum)
             scale = float(np.sqrt(np.square(spectrum.sigma).sum()))
             for metric in filter(self.wants, values):
                 for null, model in models.items():
-                    factor = 1.0 if null == "truncated_source" else scale
-                    expected = null_of(model, metric, factor)
+                    factor = 1.0 if null in _SPECTRA else scale
+                    if metric == EDGE:
+                        expected = self._edge(null, model, spectrum)
+                    else:
+                        expected = null_of(model, metric, factor)
                     self.table.append((*place, metric, values[metric], null, *expected, *tail))
             self.spectra.append((place, spectrum.sigma))
 
@@ -113,6 +136,17 @@ class Rows:
                     sigma, spectrum.inner, spectrum.full_rank
                 )
         return models
+
+    def _edge(self, null: str, model: nulls.NullModel, spectrum: Spectrum) -> tuple[float, float]:
+        if EDGE in model:
+            return model[EDGE]
+        if null == "gaussian" and not spectrum.gauge.startswith("weighted"):
+            return nulls.gaussian_edge(spectrum.m, spectrum.n, edge_of(spectrum), self.seed)
+        if null == "gaussian":
+            return float("nan"), float("nan")
+        # of a product the last over the first: the inverse of its condition, a geometric mean
+        condition, se = model["condition"]
+        return 1 / condition, se / condition**2
 
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The table (:data:`COLUMNS`) and the singular values (:data:`SPECTRA_COLUMNS`)."""
@@ -138,6 +172,19 @@ def table_of(rows: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
 def typed(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with the dtypes of :data:`KINDS`, text elsewhere, whatever its rows were."""
     return frame.astype({name: KINDS.get(name, "str") for name in frame.columns})
+
+
+def edge_of(spectrum: Spectrum) -> int:
+    """Number of the singular value that :data:`EDGE` compares with the first."""
+    return spectrum.inner or max(1, spectrum.full_rank // 8)
+
+
+def edge_ratio(spectrum: Spectrum) -> float:
+    """:data:`EDGE` of a spectrum; NaN for a zero matrix, 0 where the rank is smaller."""
+    k = edge_of(spectrum)
+    if not spectrum.sigma[0] > 0:
+        return float("nan")
+    return float(spectrum.sigma[k - 1] / spectrum.sigma[0]) if k <= spectrum.sigma.size else 0.0
 
 
 def functional_errors(spectrum: Spectrum) -> dict[str, float]:

@@ -24,17 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 
 from mla_study.checkpoints.opening import open_checkpoint
 from mla_study.checkpoints.operators.find import Attention
 from mla_study.checkpoints.reader import Checkpoint, OpenSpec
 from mla_study.errors import UserError
-from mla_study.probes import nulls
-from mla_study.probes.layer import Request, measure_attention, subspace_of, subspace_rank
+from mla_study.probes.block import measure_block, root_of, weighted_nulls
+from mla_study.probes.layer import Request
 from mla_study.probes.names import public_name
-from mla_study.probes.spectrum import measures
-from mla_study.probes.stacks import Spectrum, Weights
+from mla_study.probes.stacks import Weights
 from mla_study.probes.store import Measured, Store, read_measured, write_measured
 
 __all__ = [
@@ -62,7 +60,6 @@ _THREAD_LIMITS = (
     "VECLIB_MAXIMUM_THREADS",
 )
 _KEEP_OPEN = 4
-_WIDE = 768  # from here on a draw of a weighted null costs as much as the spectrum it stands beside
 
 
 @dataclass(frozen=True)
@@ -171,11 +168,10 @@ def _inputs(path: str, key: str, mtime: int) -> tuple[np.ndarray, np.ndarray, st
     del mtime  # a file that changed is read again
     covariance = load_covariance(path, [key])[key]
     digest = hashlib.sha256(np.ascontiguousarray(covariance).data).hexdigest()
-    values, vectors = scipy.linalg.eigh(covariance, overwrite_a=True, check_finite=False)
+    root, values = root_of(covariance)
     if not values[-1] > 0:
         raise UserError(f"{path}: the covariance {key!r} is all zero: collect it on other inputs")
-    kept = values > np.finfo(np.float64).eps * values.size * values[-1]
-    return np.ascontiguousarray(vectors[:, kept] * np.sqrt(values[kept])), values, digest
+    return root, values, digest
 
 
 def measure(item: Item) -> Measured:
@@ -188,42 +184,14 @@ def measure(item: Item) -> Measured:
         path, key = item.covariance
         root, eigenvalues, digest = _inputs(path, key, Path(path).stat().st_mtime_ns)
         weights.digests[f"covariance {key}"] = digest
-    try:
-        spectra = measure_attention(weights, item.attention, item.request, root)
-        k = item.request.subspace
-        basis = None
-        if k:
-            rank = subspace_rank(item.attention) if k < 0 else k
-            basis = subspace_of(weights, item.attention, rank)
-    except np.linalg.LinAlgError as error:
-        raise UserError(
-            f"{weights.name}: the spectrum of block {item.attention.block!r} did not converge "
-            f"({error}): check the weights there"
-        ) from None
-    return Measured(
-        spectra,
-        [measures(s.sigma, s.full_rank) for s in spectra],
-        weights.digests,
-        checkpoint.bytes_read - before + opening,
-        basis,
-        {
-            number: _weighted_nulls(spectrum, eigenvalues, item.seed)
-            for number, spectrum in enumerate(spectra)
-            if eigenvalues is not None and spectrum.gauge.startswith("weighted")
-        },
-    )
-
-
-def _weighted_nulls(
-    spectrum: Spectrum, eigenvalues: np.ndarray, seed: int
-) -> dict[str, nulls.NullModel]:
-    draws = None if min(spectrum.m, spectrum.n) <= _WIDE else 4
-    found = {"gaussian": nulls.weighted_gaussian_null(spectrum.m, eigenvalues, seed, draws)}
-    if spectrum.inner is not None:
-        found["gaussian_product"] = nulls.weighted_gaussian_product_null(
-            spectrum.m, spectrum.inner, eigenvalues, seed
-        )
-    return found
+    measured = measure_block(weights, item.attention, item.request, root)
+    measured.bytes_read = checkpoint.bytes_read - before + opening
+    measured.nulls = {
+        number: weighted_nulls(spectrum, eigenvalues, item.seed)
+        for number, spectrum in enumerate(measured.spectra)
+        if eigenvalues is not None and spectrum.gauge.startswith("weighted")
+    }
+    return measured
 
 
 @contextlib.contextmanager

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from mla_study.checkpoints.operators.find import Attention, Part
-from mla_study.probes.nulls import DEFAULT_KS, gaussian_null, truncated_null
+from mla_study.probes.nulls import DEFAULT_KS, gaussian_edge, gaussian_null, truncated_null
 from mla_study.probes.spectrum import METRICS, measures
 from mla_study.probes.stacks import Spectrum
 from mla_study.probes.store import Measured
 from mla_study.probes.table import (
     COLUMNS,
+    EDGE,
     SPECTRA_COLUMNS,
     Rows,
     Source,
+    edge_ratio,
     functional_errors,
     null_of,
     table_of,
@@ -99,6 +102,42 @@ def test_products_stand_beside_three_nulls() -> None:
     assert "truncated_source" not in set(other["null"])
     heads = Spectrum("ov", 0, "raw", sigma, 48, 24, "factors", 4)
     assert set(rows_of(heads, {3: source}).frames()[0]["null"]) == set(nulls[:2])
+
+
+def test_the_edge_stands_beside_its_nulls(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    source, m, n, r = np.geomspace(5, 1, 20), 48, 24, 4
+
+    def edges(spectrum: Spectrum) -> pd.DataFrame:
+        rows = Rows(lambda metric: metric == EDGE, 0, {3: source}, edge=True)
+        rows.add(SOURCE, ATTENTION, block(spectrum), {0: {"untrained": {EDGE: (0.7, np.nan)}}})
+        return rows.frames()[0].set_index("null")
+
+    def drawn(k: int, *factors: tuple[int, int]) -> np.ndarray:
+        """log sigma_k / sigma_1 of 400 Gaussian matrices, or products."""
+        made = [[rng.standard_normal(shape) for shape in factors] for _ in range(400)]
+        sigma = [np.linalg.svd(f[0] @ f[-1] if f[1:] else f[0])[1] for f in made]
+        return np.log([s[k - 1] / s[0] for s in sigma])
+
+    table = edges(Spectrum("composed", -1, "raw", np.geomspace(3, 1, r), m, n, "factors", r))
+    np.testing.assert_allclose(table["value"], 1 / 3)
+    assert table.loc["truncated_source", "null_value"] == pytest.approx(source[3] / source[0])
+    assert table.loc["untrained", "null_value"] == 0.7
+    dense = edges(Spectrum("kv", -1, "raw", np.geomspace(3, 1, n), m, n, "gram"))
+    assert dense["value"].iloc[0] == pytest.approx(3 ** (-2 / 23))  # number 24 / 8
+    for found, null, sample in (
+        (table, "gaussian_product", drawn(r, (m, r), (r, n))),
+        (table, "gaussian", drawn(r, (m, n))),
+        (dense, "gaussian", drawn(3, (m, n))),
+    ):
+        value, se = found.loc[null, "null_value"], found.loc[null, "null_se"]
+        assert np.log(value) == pytest.approx(sample.mean(), abs=7 * sample.std() / 32**0.5)
+        assert 0.4 < se / value / sample.std() < 2
+    with pytest.raises(ValueError, match="no singular value number 25"):
+        gaussian_edge(m, n, 25)
+    zero = Spectrum("kv", -1, "raw", np.zeros(n), m, n, "gram")
+    assert np.isnan(edge_ratio(zero))
+    assert edge_ratio(Spectrum("composed", -1, "raw", np.ones(3), m, n, "factors", 4)) == 0
 
 
 def test_only_wanted_metrics_have_rows() -> None:
