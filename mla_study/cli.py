@@ -23,6 +23,7 @@ from mla_study.commands.latentize import Latentize
 from mla_study.commands.latents import Latents
 from mla_study.commands.mask import Mask
 from mla_study.commands.plan import Plan
+from mla_study.commands.study import Study
 from mla_study.commands.text import Text
 from mla_study.commands.vae import Vae
 from mla_study.commands.world import Score, World
@@ -280,6 +281,7 @@ Command = (
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Mask, tyro.conf.subcommand("mask")]
     | Annotated[CacheError, tyro.conf.subcommand("cache-error")]
+    | Annotated[Study, tyro.conf.subcommand("study")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Dispatch, tyro.conf.subcommand("dispatch")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]

@@ -10,7 +10,7 @@ Shapes: B videos, F frames, C latent channels, h x w latent, H = W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,12 +168,22 @@ def records(
 
 
 def judge(
-    model: WanTransformer, codec: Codec, trial: Trial, bidirectional: bool = False
+    model: WanTransformer,
+    codec: Codec,
+    trial: Trial,
+    bidirectional: bool = False,
+    keep: Callable[[Tensor], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row a video and window, see :func:`records`; ``video`` counts over the trial."""
+    """A row a video and window, see :func:`records`; ``video`` counts over the trial.
+
+    Args:
+        keep: gets the first videos [B, 3, F, H, W].
+    """
     rows: list[dict[str, Any]] = []
     first = 0
     for captions, video in rollouts(model, codec, trial, bidirectional):
+        if keep is not None and first == 0:
+            keep(video)
         made = records(windows(video, captions, codec.world), captions, codec.world)
         count = len(captions)
         rows += [row | {"video": first + place % count} for place, row in enumerate(made)]

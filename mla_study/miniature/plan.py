@@ -166,15 +166,42 @@ def plain(value: Any) -> Any:
     return dataclasses.asdict(value)
 
 
-def start_nodes(variant: Variant) -> list[Node]:
-    """What a student starts from."""
+def _start(variant: Variant) -> str:
+    """The node of the weights that a student starts from."""
     if variant.init is None:
-        return []
+        return "teacher"
+    return f"{replace(variant, tf_steps=None).name}/start"
+
+
+def _controls(variant: Variant) -> dict[str, str]:
+    """What a student's ranks stand beside: a network that has seen nothing, and another init."""
+    if variant.init is None:
+        return {"untrained": f"untrained-s{variant.seed}"}
+    other = "spectral" if variant.init == "activation" else "activation"
+    beside = replace(variant, tf_steps=None, init=other)
+    return {
+        "untrained": _start(replace(beside, init="untrained")),
+        f"other.{other}": _start(beside),
+    }
+
+
+def start_nodes(variant: Variant) -> list[Node]:
+    """What a student starts from, and what its ranks stand beside."""
+    made = [Node(f"untrained-s{variant.seed}", "untrained", {"seed": variant.seed})]
+    if variant.init is None:
+        return made
+    variant = replace(variant, tf_steps=None)
+    for name in _controls(variant).values():
+        init = next(i for i in ("untrained", "spectral", "activation") if name.startswith(f"{i}-"))
+        made += _conversion(replace(variant, init=init))
+    return [*made, *_conversion(variant)]
+
+
+def _conversion(variant: Variant) -> list[Node]:
     made: list[Node] = []
-    source, init = "teacher", variant.init
+    source, init = "teacher", str(variant.init)
     if init == "untrained":
         source, init = f"untrained-s{variant.seed}", "spectral"
-        made.append(Node(source, "untrained", {"seed": variant.seed}))
     settings = {"latent": plain(variant.latent), "init": init, "seed": variant.seed}
     about = variant.about | {"stage": "start"}
     made.append(Node(f"{variant.name}/start", "convert", settings, {"teacher": source}, about))
@@ -183,7 +210,8 @@ def start_nodes(variant: Variant) -> list[Node]:
 
 def training_nodes(variant: Variant) -> list[Node]:
     """Teacher forcing, consistency (by the dense model that the same seed gave), DMD."""
-    start = "teacher" if variant.init is None else f"{variant.name}/start"
+    start = _start(variant)
+    watched = {"origin": start, "source": "teacher", **_controls(variant)}
     # the numbers of steps count on, so that ranks can be drawn along all stages
     made: list[Node] = []
     steps = 0
@@ -198,7 +226,7 @@ def training_nodes(variant: Variant) -> list[Node]:
             # the shared points, and on beyond them
             observe = sorted({*observe, *range(250, variant.tf_steps + 1, 250)})
         stage = stage_of(objective, variant.seed, **changes)
-        needs = {"start": start}
+        needs = {"start": start, **watched}
         if short == "cd":
             needs["teacher"] = f"{dense.name}/tf"
         elif short == "dmd":

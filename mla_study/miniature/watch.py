@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mla_study.config import ModelConfig
 from mla_study.model.transformer import WanTransformer
+from mla_study.probes.tracker import State, Tracker, attention_inputs
 from mla_study.training.batch import Batch, Data, Draws
 from mla_study.training.flow import add_noise, block_timesteps, flow_matching_loss
 from mla_study.training.objective import Roles
 from mla_study.training.objectives.teacher_forcing import rule_for, teacher_forcing_flow
-
-if TYPE_CHECKING:
-    from mla_study.training.loop import Observer
 
 HELD_OUT = 2**40
 """Number of the first sample that no run trains on."""
@@ -28,7 +28,7 @@ class HeldOutLoss:
     distribution.
     """
 
-    def __init__(self, data: Data, config: Any, clips: int = 64) -> None:
+    def __init__(self, data: Data, config: ModelConfig, clips: int = 64) -> None:
         samples = range(HELD_OUT, HELD_OUT + clips)
         batch: Batch = data.batch(samples)
         assert batch.latents is not None
@@ -50,11 +50,40 @@ class HeldOutLoss:
         return float(flow_matching_loss(flow, self.x0, self.noise))
 
 
-def watchers(data: Data, start: WanTransformer, seed: int) -> Sequence[Observer]:
-    """The observers of a student's run."""
-    loss = HeldOutLoss(data, start.config)
+@dataclass(frozen=True)
+class Compared:
+    """States of models that ranks stand beside; see :class:`~mla_study.probes.tracker.Tracker`.
 
-    def held_out(step: int, roles: Roles) -> Iterable[dict[str, Any]]:
-        yield {"name": "held_out", "value": loss(roles.ema or roles.generator)}
+    Attributes:
+        start: the student before any training.
+        source: the dense teacher.
+        untrained: of the student's shapes, made of a network that has seen nothing.
+        others: further inits of the student's shapes, by name.
+    """
 
-    return (held_out,)
+    start: State
+    source: State
+    untrained: State
+    others: Mapping[str, State]
+
+
+class Watch:
+    """An observer: the held-out loss, and ranks on the inputs that it is computed from."""
+
+    def __init__(self, data: Data, config: ModelConfig, compared: Compared | None) -> None:
+        self.loss = HeldOutLoss(data, config)
+        self.few = HeldOutLoss(data, config, 8)
+        self.tracker = None
+        if compared is not None:
+            references = {"start": compared.start, **compared.others}
+            self.tracker = Tracker(compared.source, compared.untrained, references)
+
+    def __call__(self, step: int, roles: Roles) -> Iterable[dict[str, Any]]:
+        """Rows for the log, of the model that the run will give."""
+        model = roles.ema or roles.generator
+        rows: list[dict[str, Any]] = [{"name": "held_out", "value": self.loss(model)}]
+        if self.tracker is not None:
+            inputs = attention_inputs(model, lambda: self.few(model))
+            for row in self.tracker.measure(model, step, inputs):
+                rows.append({"name": row.pop("metric"), **row})
+        return rows

@@ -20,6 +20,7 @@ from mla_study.miniature.judge import Trial, judge
 from mla_study.study.runs import atomic_write, code_hash, file_sha256, parquet_bytes
 
 if TYPE_CHECKING:
+    from mla_study.miniature.watch import Compared
     from mla_study.model.transformer import WanTransformer
     from mla_study.training.world_data import WorldData
 
@@ -27,6 +28,9 @@ DONE = "done.json"
 MODEL = "model.safetensors"
 LOG = "log.parquet"
 VIDEOS = "videos.parquet"
+FRAMES = "frames.safetensors"
+SHOWN = 6
+"""Videos of a trial whose frames are kept."""
 CODEC = "codec.safetensors"
 _CALIBRATION = 64
 MODULES = ("mla_study.miniature.work",)
@@ -82,9 +86,11 @@ def data(seed: int, codec: Path) -> WorldData:
 
 
 def _load(folder: Path) -> WanTransformer:
+    import torch
+
     from mla_study.checkpoints.wan.load import load_model
 
-    return load_model(folder / MODEL, dtype=None)
+    return load_model(folder / MODEL, dtype=torch.float32)
 
 
 def _teacher(task: Task) -> None:
@@ -93,10 +99,6 @@ def _teacher(task: Task) -> None:
         if found is None or file_sha256(found) != task.settings["sha256"]:
             raise UserError("the shipped teacher is missing or another than was planned")
         shutil.copyfile(found, task.folder / MODEL)
-        # the config lies beside or inside, by the layout
-        beside = found.with_name("config.json")
-        if beside.exists():
-            shutil.copyfile(beside, task.folder / "config.json")
         return
     from mla_study.training.start import fresh_model
 
@@ -141,7 +143,7 @@ def _stage(task: Task) -> Any:
 
 
 def _train(task: Task, stage: Any, start: WanTransformer, teacher: WanTransformer | None) -> None:
-    from mla_study.miniature.watch import watchers
+    from mla_study.miniature.watch import Watch
     from mla_study.training.loop import Run, Trainer
     from mla_study.training.ranks import ranks
 
@@ -154,11 +156,27 @@ def _train(task: Task, stage: Any, start: WanTransformer, teacher: WanTransforme
             start,
             clips,
             teacher,
-            observers=watchers(clips, start, stage.seed) if observe else (),
+            observers=(Watch(clips, start.config, _compared(task)),) if observe else (),
             observe_at=observe,
-            inputs={role: file_sha256(folder / MODEL) for role, folder in task.needs.items()},
+            inputs={
+                role: file_sha256(task.needs[role] / MODEL)
+                for role in ("start", "teacher")
+                if role in task.needs
+            },
         )
         Trainer(run, alone, progress=False).train()
+
+
+def _compared(task: Task) -> Compared | None:
+    from safetensors.torch import load_file
+
+    from mla_study.miniature.watch import Compared
+
+    if "untrained" not in task.needs:
+        return None
+    states = {role: load_file(folder / MODEL) for role, folder in task.needs.items()}
+    others = {n.removeprefix("other."): s for n, s in states.items() if n.startswith("other.")}
+    return Compared(states["origin"], states["source"], states["untrained"], others)
 
 
 def _student(task: Task) -> None:
@@ -169,12 +187,19 @@ def _student(task: Task) -> None:
 
 def _judge(task: Task) -> None:
     import pandas as pd
+    import torch
+    from safetensors.torch import save_file
 
     from mla_study.world.codec import load_codec
 
     trial = from_dict(task.settings["trial"], Trial)
     bidirectional = task.about.get("stage") == "teacher"
-    rows = judge(_load(task.needs["model"]).eval(), load_codec(task.codec), trial, bidirectional)
+    model, codec = _load(task.needs["model"]).eval(), load_codec(task.codec)
+    kept: list[torch.Tensor] = []
+    rows = judge(model, codec, trial, bidirectional, kept.append)
+    shown = torch.cat(kept)[:SHOWN]
+    pixels = shown.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+    atomic_write(task.folder / FRAMES, lambda path: save_file({"frames": pixels}, path))
     atomic_write(task.folder / VIDEOS, parquet_bytes(pd.DataFrame(rows)))
 
 

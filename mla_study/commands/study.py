@@ -1,0 +1,83 @@
+"""``mla-study study``: train and judge the miniature's students, from conversion to tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mla_study.errors import UserError
+
+_EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Study:
+    """Train dense and latent students through all stages, and judge their videos.
+
+    ``mini``: one seed of dense, activation, spectral and random, minutes on two cores. ``full``:
+    all inits, three seeds, sweeps, long rollouts, ablations and controls, hours; its tables are the
+    ones the figures draw. Finished pieces are kept: the same command goes on after Ctrl-C.
+
+    Example: mla-study study mini
+    """
+
+    which: tyro.conf.Positional[Literal["mini", "full"]] = "mini"
+    """Which study."""
+    store: Path = Path("runs/study")
+    """Where finished pieces of work lie, by content."""
+    out: Path | None = None
+    """Folder for the tables (default: STORE/tables-WHICH; results/data for what figures draw)."""
+    workers: int | None = None
+    """Processes of one thread (default: one a core)."""
+    train_teacher: bool = False
+    """Train the teacher anew in place of the shipped one."""
+    ship: bool = False
+    """Then put teacher, dense and latent student where the package ships them."""
+    list_work: bool = False
+    """Print the pieces of work, and which are done; do nothing."""
+
+    def run(self) -> int:
+        """Do the study, and return the exit code."""
+        from mla_study.miniature.plan import stage_of, study, teacher_node
+        from mla_study.miniature.shipping import place_of, ship
+        from mla_study.miniature.store import Store
+        from mla_study.miniature.tables import summary, write_tables
+        from mla_study.study.runs import file_sha256, read_result
+
+        workers = self.workers or len(os.sched_getaffinity(0))
+        if workers < 1:
+            raise UserError(f"--workers is {workers}, but it must be at least 1")
+        codec, teacher = place_of("codec"), None
+        if self.train_teacher:
+            node = teacher_node(stage_of("flow", 0), None)
+        else:
+            teacher = place_of("teacher")
+            node = teacher_node(None, file_sha256(teacher))
+        plan = study(self.which, node)
+        store = Store(self.store, codec, teacher, workers)
+        if self.list_work:
+            for piece in plan:
+                state = "done" if store.done(plan, piece.name) else "to do"
+                print(f"{state:6} {piece.kind:9} {piece.name}")
+            return 0
+        try:
+            store.run(plan, _say)
+        except KeyboardInterrupt:
+            _say("interrupted: the same command goes on")
+            return _EXIT_INTERRUPTED
+        out = self.out or self.store / f"tables-{self.which}"
+        folders = write_tables(plan, store, out, self.which)
+        print(summary(read_result(out / "study_scores").table))
+        print(f"tables: {', '.join(str(folder) for folder in folders)}")
+        if self.ship:
+            ship(plan, store)
+        return 0
+
+
+def _say(sentence: str) -> None:
+    print(f"note: {sentence.rstrip('.')}.", file=sys.stderr)
