@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything runs in .venv, which the first call builds.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup figures data test lint lab bench bench-probe bench-model bench-gpu clean
+.PHONY: help setup figures data study study-full test lint lab bench bench-probe bench-model bench-gpu clean
 BIN := .venv/bin
 
 # One BLAS thread a process: several processes share the cores, threads on top only wait.
@@ -27,6 +27,12 @@ figures: setup ## draw what is stale into results/figures (FIG=fig1  FORCE=1  PA
 
 data: setup ## measure the committed tables of results/data anew (FIG=fig1 for one figure's)
 	@$(BIN)/mla-study data $(if $(FIG),--fig $(FIG))
+
+study: setup ## train and judge four students of the miniature, in minutes (again goes on; ARGS='--workers 1')
+	@$(BIN)/mla-study study mini $(ARGS)
+
+study-full: setup ## all inits, three seeds, sweeps, long rollouts, into results/data (hours; again goes on)
+	@$(BIN)/mla-study study full --out results/data $(ARGS)
 
 test: setup ## run the tests (ARGS='-k name' goes to pytest)
 	@$(BIN)/python -m pytest -q -n 2 $(ARGS)

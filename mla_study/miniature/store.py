@@ -76,6 +76,7 @@ class Store:
                     process.terminate()
                 for process in self._running.values():
                     process.wait()
+                    _close(process)
                 self._running.clear()
                 if bar is not None:
                     bar.close()
@@ -97,6 +98,7 @@ class Store:
                 del self._running[name]
                 if process.returncode or not self.done(plan, name):
                     raise UserError(self._failure(plan, name, process.returncode))
+                _close(process)
                 if bar is not None:
                     bar.update(_cost(plan.nodes[name]))
 
@@ -125,8 +127,9 @@ class Store:
                 start_new_session=True,
             )
         assert process.stdin is not None
-        process.stdin.write(json.dumps(told).encode())
-        process.stdin.close()
+        # stays open: a worker ends when we do, however we end
+        process.stdin.write(json.dumps(told).encode() + b"\n")
+        process.stdin.flush()
         return process
 
     def _failure(self, plan: Plan, name: str, code: int) -> str:
@@ -136,6 +139,11 @@ class Store:
             f"{name} ended with exit code {code}: {last} (all it said is in "
             f"{self.place(plan, name) / SAID}); the same command goes on with the rest"
         )
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _cost(node: Node) -> float:

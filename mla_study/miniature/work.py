@@ -1,20 +1,22 @@
 """Does one node of a plan in a folder of its own; a folder with ``done.json`` is finished.
 
-Run as a process of its own, with one thread: ``python -m mla_study.miniature.work STORE < JSON``.
+Run by the store as a process of its own: ``python -m mla_study.miniature.work``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_study.config import LatentConfig, ModelConfig, from_dict, mini
+from mla_study.config import LatentConfig, from_dict, mini
 from mla_study.errors import EXIT_BAD_INPUT, UserError
 from mla_study.miniature.judge import Trial, judge
 from mla_study.study.runs import atomic_write, code_hash, file_sha256, parquet_bytes
@@ -213,8 +215,9 @@ _KINDS = {
 
 
 def main() -> int:
-    """Do the task that comes as JSON on standard input."""
-    told = json.load(sys.stdin)
+    """Do the task that comes as a line of JSON on standard input; end when that closes."""
+    told = json.loads(sys.stdin.readline())
+    threading.Thread(target=_until_closed, daemon=True).start()
     task = Task(
         told["name"],
         told["kind"],
@@ -233,9 +236,10 @@ def main() -> int:
     return 0
 
 
-def model_config(folder: Path) -> ModelConfig:
-    """Config of a finished node's model."""
-    return _load(folder).config
+def _until_closed() -> None:
+    while sys.stdin.read(1):
+        pass
+    os._exit(1)
 
 
 if __name__ == "__main__":
