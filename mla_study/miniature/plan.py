@@ -260,8 +260,8 @@ def student(variant: Variant, sizes: Sizes, judged: Iterable[str] = ("cd", "dmd"
     return made
 
 
-def ablations(model: Node, seed: int, videos: int) -> list[Node]:
-    """The same student rolled out otherwise, at ten times the training length."""
+def ablations(model: Node, seed: int, videos: int, only: Iterable[str] | None = None) -> list[Node]:
+    """The same student rolled out otherwise, at ten times the training length; all, or some."""
     base = Trial(videos, 10, seed)
     other: dict[str, Trial] = {
         "no-clean-pass": replace(base, clean_pass=False),
@@ -273,7 +273,11 @@ def ablations(model: Node, seed: int, videos: int) -> list[Node]:
         "history-0": replace(base, window=WindowConfig(1, 0, 3)),
         "sink-3": replace(base, window=WindowConfig(3, 4, 3)),
     }
-    return [judge_node(model, trial, label) for label, trial in other.items()]
+    return [
+        judge_node(model, trial, label)
+        for label, trial in other.items()
+        if only is None or label in only
+    ]
 
 
 def mini_study(teacher: Node) -> Plan:
@@ -295,12 +299,14 @@ def full_study(teacher: Node, seeds: Iterable[int] = SEEDS) -> Plan:
             nodes += made
             if init in (None, "activation"):
                 last = next(n for n in made if n.about.get("stage") == "dmd" and n.kind == "train")
-                nodes += ablations(last, seed, 64)
+                nodes += ablations(
+                    last, seed, 64, ("absolute", "no-sink") if init is None else None
+                )
     for seed in seeds:
         for d_c in D_C:
-            nodes += student(Variant("activation", d_c, seed=seed), Sizes(256, 64))
+            nodes += student(Variant("activation", d_c, seed=seed), Sizes(256, 0))
         for d_rope in ROPES:
-            nodes += student(Variant("activation", d_rope=d_rope, seed=seed), Sizes(256, 64))
+            nodes += student(Variant("activation", d_rope=d_rope, seed=seed), Sizes(256, 0))
         nodes += student(Variant("untrained", seed=seed), Sizes(64, 0), ("dmd",))
         long = stages("mini")["teacher_forcing"].steps * LONG
         nodes += student(Variant("random", seed=seed, tf_steps=long), Sizes(256, 0))
