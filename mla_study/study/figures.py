@@ -74,7 +74,8 @@ def run_figures(
     :param jobs: notebooks run at a time.
     :param list_only: print id, state, class and title of each, and draw nothing.
     :return: 0, or 2 where a figure met bad input, 1 where one failed otherwise, 130 interrupted.
-    :raises UserError: unknown figure or parameter, missing data of a named one; before anything runs.
+    :raises UserError: unknown figure or parameter, or a named one whose data are missing;
+        before anything runs.
     """
     project = project or Project.find()
     chosen = select(discover(project), figs)

@@ -160,7 +160,7 @@ def test_missing_data_stop_a_named_figure_and_are_skipped_among_all(checkout: Ch
     checkout.add("fig2_line", module=MODULE.replace("data/line", "data/absent"))
     checkout.add("fig3_line", module=MODULE.replace("data/line", "data/study_scores"))
     code, _, err = checkout.run()
-    assert code == 0
+    assert code == 0, err
     told = [line for line in err.splitlines() if "skipped" in line]
     assert len(told) == 2
     assert "fig2_line" in told[0] and "`make data FIG=fig2_line`" in told[0]
