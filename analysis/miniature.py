@@ -1,0 +1,268 @@
+"""What the figures of the miniature study share: its tables, its colours, statistics over seeds.
+
+A value of one run has a sampling error (``se``, over its videos); runs of one configuration differ
+by their seed. Means over seeds carry the larger of both standard errors (:func:`over_seeds`).
+Comparisons are paired by seed, with 95 % intervals (:func:`interval`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from mla_study.errors import UserError
+from mla_study.study.plots import COLOURS
+from mla_study.study.runs import (
+    Result,
+    Validity,
+    file_sha256,
+    read_result,
+    round_significant,
+    run_record,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROOT = Path(__file__).resolve().parents[1]
+INITS = ("activation", "spectral", "spectral-raw", "random")
+LOOKS = {
+    "dense": (COLOURS["black"], "D"),
+    "activation": (COLOURS["green"], "o"),
+    "spectral": (COLOURS["blue"], "s"),
+    "spectral-raw": (COLOURS["purple"], "^"),
+    "random": (COLOURS["vermillion"], "v"),
+}
+"""Colour and marker of a student."""
+LONG = "random, long"
+WIDTH, HEAD, D_C, D_ROPE = 96, 32, 12, 8
+"""Of the miniature: channels, channels of a head, and the default latent and rotary sizes."""
+STAGES = {"tf": "TF", "cd": "CD", "dmd": "DMD"}
+MARGIN = 0.05
+"""A difference of shares or of IoU below this counts as no cost."""
+_LONG_NAME = r"-t\d+-s\d+$"
+_RUN = ["run", "variant", "init", "d_c", "d_rope", "seed"]
+
+
+def read(name: str, root: Path = ROOT) -> Result:
+    """The study's result ``results/data/study_NAME``.
+
+    Raises:
+        UserError: it is not there, or not what its record says.
+    """
+    return read_result(root / "results" / "data" / f"study_{name}")
+
+
+def drawn_from(
+    figure: str, results: Sequence[Result], files: Iterable[Path] = ()
+) -> tuple[Validity, str]:
+    """Validity and run hash of a figure that these results and further files are drawn in."""
+    order: tuple[Validity, ...] = ("full", "partial", "substitute", "invalid")
+    validity = max((result.validity for result in results), key=order.index)
+    inputs = {result.folder.name: result.run_hash for result in results}
+    inputs |= {file.name: file_sha256(file) for file in files}
+    run = run_record(
+        config={"figure": figure}, inputs=inputs, seed=None, modules=(f"analysis.{figure}",),
+        provenance="measured", validity=validity,
+    )  # fmt: skip
+    return validity, run["run_hash"]
+
+
+def is_long(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows are of runs with a number of teacher-forcing steps of their own."""
+    return frame["run"].str.contains(_LONG_NAME, regex=True)
+
+
+def usual(frame: pd.DataFrame, d_c: int | None = D_C, d_rope: int | None = D_ROPE) -> pd.DataFrame:
+    """Rows of runs of the usual length: dense ones, and latent ones of these sizes (None: any)."""
+    kept = ~is_long(frame)
+    latent = frame["variant"] == "latent"
+    for name, size in (("d_c", d_c), ("d_rope", d_rope)):
+        if size is not None:
+            kept &= ~latent | (frame[name] == size)
+    return frame[kept]
+
+
+def student(frame: pd.DataFrame) -> pd.Series[str]:
+    """Name of each row's student: ``dense``, its init, or :data:`LONG`."""
+    name = frame["init"].where(frame["variant"] == "latent", "dense")
+    return name.where(~is_long(frame), LONG)
+
+
+def over_seeds(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Mean over seeds of ``value`` by ``keys``, with ``se``, ``low``, ``high`` (range) and ``seeds``.
+
+    ``se`` is the larger of sd / sqrt(S) over the S seeds, which has both errors in it but is itself
+    uncertain for few seeds, and of what the sampling errors ``se`` of the rows (if any) imply.
+
+    Raises:
+        UserError: a key has several rows of one seed.
+    """
+    rows: list[dict[str, Any]] = []
+    for key, mine in frame.groupby(list(keys), sort=False):
+        if mine["seed"].duplicated().any():
+            raise UserError(f"{dict(zip(keys, key, strict=True))} has several runs of one seed")
+        values = mine["value"].to_numpy(float)
+        held = np.isfinite(values)
+        values = values[held]
+        errors = mine["se"].to_numpy(float)[held] if "se" in mine else np.zeros(len(values))
+        count = len(values)
+        if not count:
+            continue
+        between = values.std(ddof=1) / count**0.5 if count > 1 else 0.0
+        sampling = float(np.sqrt(np.nansum(errors**2)) / count)
+        rows.append(
+            dict(zip(keys, key, strict=True))
+            | {"value": values.mean(), "se": max(between, sampling), "low": values.min(),
+               "high": values.max(), "seeds": count}
+        )  # fmt: skip
+    columns = [*keys, "value", "se", "low", "high", "seeds"]
+    return round_significant(pd.DataFrame(rows, columns=columns))
+
+
+def interval(values: np.ndarray, sampling: float = float("nan")) -> tuple[float, float, float]:
+    """Mean of a value a seed and its 95 % interval: Student's t over seeds.
+
+    Args:
+        values: [S]. sampling: standard error of the value where S = 1; NaN gives no interval then.
+    """
+    mean, count = float(values.mean()), len(values)
+    if count > 1:
+        half = float(stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5)
+    else:
+        half = 1.96 * sampling
+    return mean, mean - half, mean + half
+
+
+def paired(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float, int]:
+    """Mean of first - second over the seeds that both have, its 95 % interval, and their number.
+
+    Args:
+        first, second: a row a seed with ``value``, and ``se`` (used for a single seed only).
+
+    Raises:
+        UserError: no seed is in both.
+    """
+    both = first.set_index("seed").join(second.set_index("seed"), rsuffix="_2", how="inner")
+    both = both.dropna(subset=["value", "value_2"])
+    if both.empty:
+        raise UserError("no seed is in both of what is compared: finish the study")
+    sampling = float("nan")
+    if "se" in both and "se_2" in both:
+        sampling = float(np.hypot(both["se"].iloc[0], both["se_2"].iloc[0]))
+    difference = (both["value"] - both["value_2"]).to_numpy(float)
+    return (*interval(difference, sampling), len(both))
+
+
+def spearman(
+    x: np.ndarray, y: np.ndarray, groups: Sequence[object], draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Rank correlation of x and y [N], and a 95 % bootstrap interval over whole groups.
+
+    NaN where x or y is constant; resamples that are constant count for nothing.
+    """
+    whole = _rank_correlation(x, y)
+    if not np.isfinite(whole):
+        return whole, whole, whole
+    rng = np.random.default_rng(seed)
+    names = list(dict.fromkeys(groups))
+    members = [np.flatnonzero([group == name for group in groups]) for name in names]
+    found: list[float] = []
+    for _ in range(draws):
+        chosen = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
+        found.append(_rank_correlation(x[chosen], y[chosen]))
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    return whole, float(low), float(high)
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    a, b = stats.rankdata(x), stats.rankdata(y)
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if scale > 0 else float("nan")
+
+
+def scores(
+    frame: pd.DataFrame, metric: str, *, stage: str = "dmd", clips: int = 1, scope: str = "first",
+    condition: str = "plain",
+) -> pd.DataFrame:  # fmt: skip
+    """Rows of ``study_scores`` of one metric, a row a run."""
+    wanted = {
+        "metric": metric, "stage": stage, "clips": clips, "scope": scope, "condition": condition,
+    }  # fmt: skip
+    return frame[np.logical_and.reduce([frame[k] == v for k, v in wanted.items()])]
+
+
+def held_out(curves: pd.DataFrame, stage: str = "tf") -> pd.DataFrame:
+    """The held-out loss at the end of a stage, a row a run."""
+    mine = curves[(curves["name"] == "held_out") & (curves["stage"] == stage)]
+    return mine.sort_values("step").groupby("run", as_index=False).last()
+
+
+def steps_to(curve: pd.DataFrame, level: float) -> float:
+    """Steps after which a loss (``step``, ``value``) first is at ``level``; NaN: it never is.
+
+    Between observed points the logarithm of the loss is linear in that of 1 + step.
+    """
+    curve = curve.sort_values("step")
+    x, y = np.log1p(curve["step"].to_numpy(float)), np.log(curve["value"].to_numpy(float))
+    below = np.flatnonzero(y <= np.log(level))
+    if not below.size:
+        return float("nan")
+    i = below[0]
+    if i == 0:
+        return float(np.expm1(x[0]))
+    share = (y[i - 1] - np.log(level)) / (y[i - 1] - y[i])
+    return float(np.expm1(x[i - 1] + share * (x[i] - x[i - 1])))
+
+
+def stage_marks(axis: Axes, rows: pd.DataFrame) -> None:
+    """Mark where each stage begins, by the ``step`` and ``stage`` of the usual runs."""
+    rows = rows[~is_long(rows)]
+    ends = rows.groupby("stage")["step"].max().sort_values()
+    start = 0
+    for stage, end in ends.items():
+        if start:
+            axis.axvline(start, color="0.75", lw=0.6, zorder=0)
+        axis.text(
+            start, 1.0, f" {STAGES.get(str(stage), stage)}", fontsize=5, color="0.4", va="bottom",
+            transform=axis.get_xaxis_transform(),
+        )  # fmt: skip
+        start = int(end)
+
+
+def energy(spectra: pd.DataFrame, gauge: str) -> np.ndarray:
+    """Energy E(k) [layers, k] of the teacher's [W_K; W_V], of the weights or of their outputs."""
+    mine = spectra[(spectra["state"] == "teacher") & (spectra["gauge"] == gauge)]
+    sigma = mine.pivot_table(index="layer", columns="index", values="sigma").to_numpy()
+    square = np.cumsum(np.square(sigma), axis=1)
+    return square / square[:, -1:]
+
+
+def predictors(
+    ranks: pd.DataFrame, spectra: pd.DataFrame, conversion: pd.DataFrame
+) -> pd.DataFrame:
+    """What the spectra say of each latent run before its first step, a row a run.
+
+    Columns beside those of the run: ``rank`` (r_.99 of the composed weights, interpolated, median
+    of layers), ``weight_loss`` and ``output_loss`` (1 - E(d_c) of the teacher's [W_K; W_V], of the
+    weights and of the outputs on real inputs, mean of layers), ``error`` (of the attention's output
+    after conversion, mean of layers).
+    """
+    start = ranks[
+        (ranks["operator"] == "composed") & (ranks["gauge"] == "raw") & (ranks["step"] == 0)
+        & (ranks["metric"] == "r_0.99_interp")
+    ]  # fmt: skip
+    start = start.drop_duplicates(["run", "layer"])
+    made = start.groupby(_RUN, as_index=False)["value"].median().rename(columns={"value": "rank"})
+    for name, gauge in (("weight_loss", "raw"), ("output_loss", "weighted-raw")):
+        kept = energy(spectra, gauge).mean(axis=0)
+        made[name] = [1 - kept[min(int(d_c), len(kept)) - 1] for d_c in made["d_c"]]
+    last = conversion[conversion["decision"] == "latent_norm"]
+    error = last.groupby("run")["output_error"].mean()
+    return round_significant(made.assign(error=made["run"].map(error)))
