@@ -21,6 +21,7 @@ from mla_study.study.plots import COLOURS, NULL_COLOUR, PAGE_WIDTH, save_figure,
 from mla_study.study.runs import round_significant
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -136,7 +137,7 @@ def draw(out_dir: str, init: str = "activation", d_rope: int = miniature.D_ROPE)
         axes[0, 0].set_ylim(bottom=0)
         axes[1, 0].set_ylabel("energy E(k)")
         axes[2, 0].set_ylabel("$r_{.99}$ / $d_c$")
-        seeds, layers = mine["seed"].nunique(), mine["layer"].nunique()
+        seeds, layers = rows["seed"].nunique(), rows["layer"].nunique()
         figure.suptitle(
             f"Composed operator of the miniature, init {init}, split "
             f"{miniature.HEAD - d_rope}/{d_rope}: median, range of {layers} layers x {seeds} seeds",
@@ -174,6 +175,8 @@ def _legend(figure: Figure) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    marks = [Line2D([], [], color=c, ls=d, label=told) for c, d, told in STATES.values()]
+    marks: list[Artist] = [
+        Line2D([], [], color=c, ls=d, label=told) for c, d, told in STATES.values()
+    ]
     marks.append(Patch(color=NULL_COLOUR, alpha=0.5, label="Gaussian product ± 2 s.d. (null)"))
     figure.legend(handles=marks, loc="outside lower left", ncols=4, fontsize=5.5)

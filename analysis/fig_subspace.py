@@ -84,7 +84,7 @@ def draw(out_dir: str, d_c: int = miniature.D_C) -> Figure:
         _by_layer(axes[2], parts[0])
         axes[0].set(ylabel="overlap of row spaces", ylim=(0, 1.03))
         axes[0].set_title("(a) with its own start", pad=10)
-        axes[1].set_title("(b) with activation's start (activation: spectral's)", pad=10)
+        axes[1].set_title("(b) with activation's (activation: spectral's)", pad=10)
         axes[2].set_title("(c) with its start, after all stages", pad=10)
         seeds = rows["seed"].nunique()
         figure.suptitle(

@@ -46,7 +46,6 @@ STAGES = {"tf": "TF", "cd": "CD", "dmd": "DMD"}
 MARGIN = 0.05
 """A difference of shares or of IoU below this counts as no cost."""
 _LONG_NAME = r"-t\d+-s\d+$"
-_RUN = ["run", "variant", "init", "d_c", "d_rope", "seed"]
 
 
 def read(name: str, root: Path = ROOT) -> Result:
@@ -63,7 +62,7 @@ def drawn_from(
 ) -> tuple[Validity, str]:
     """Validity and run hash of a figure that these results and further files are drawn in."""
     order: tuple[Validity, ...] = ("full", "partial", "substitute", "invalid")
-    validity = max((result.validity for result in results), key=order.index)
+    validity = order[max(order.index(result.validity) for result in results)]
     inputs = {result.folder.name: result.run_hash for result in results}
     inputs |= {file.name: file_sha256(file) for file in files}
     run = run_record(
@@ -95,7 +94,7 @@ def student(frame: pd.DataFrame) -> pd.Series[str]:
 
 
 def over_seeds(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Mean over seeds of ``value`` by ``keys``, with ``se``, ``low``, ``high`` (range) and ``seeds``.
+    """Mean over seeds of ``value`` by ``keys``, with ``se``, range ``low, high`` and ``seeds``.
 
     ``se`` is the larger of sd / sqrt(S) over the S seeds, which has both errors in it but is itself
     uncertain for few seeds, and of what the sampling errors ``se`` of the rows (if any) imply.
@@ -161,14 +160,14 @@ def paired(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, flo
 
 def spearman(
     x: np.ndarray, y: np.ndarray, groups: Sequence[object], draws: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Rank correlation of x and y [N], and a 95 % bootstrap interval over whole groups.
+) -> tuple[float, np.ndarray]:
+    """Rank correlation of x and y [N], and of ``draws`` resamples of whole groups.
 
-    NaN where x or y is constant; resamples that are constant count for nothing.
+    The same groups and seed give the same resamples. NaN where x or y is constant.
     """
     whole = _rank_correlation(x, y)
     if not np.isfinite(whole):
-        return whole, whole, whole
+        return whole, np.full(draws, np.nan)
     rng = np.random.default_rng(seed)
     names = list(dict.fromkeys(groups))
     members = [np.flatnonzero([group == name for group in groups]) for name in names]
@@ -176,8 +175,16 @@ def spearman(
     for _ in range(draws):
         chosen = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
         found.append(_rank_correlation(x[chosen], y[chosen]))
-    low, high = np.nanpercentile(found, [2.5, 97.5])
-    return whole, float(low), float(high)
+    return whole, np.array(found)
+
+
+def percentiles(draws: np.ndarray) -> tuple[float, float]:
+    """Bounds of the 95 % interval of resamples; those that are NaN count for nothing."""
+    held = draws[np.isfinite(draws)]
+    if not held.size:
+        return float("nan"), float("nan")
+    low, high = np.percentile(held, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -187,7 +194,7 @@ def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(a @ b) / scale if scale > 0 else float("nan")
 
 
-def scores(
+def score_rows(
     frame: pd.DataFrame, metric: str, *, stage: str = "dmd", clips: int = 1, scope: str = "first",
     condition: str = "plain",
 ) -> pd.DataFrame:  # fmt: skip
@@ -234,35 +241,3 @@ def stage_marks(axis: Axes, rows: pd.DataFrame) -> None:
             transform=axis.get_xaxis_transform(),
         )  # fmt: skip
         start = int(end)
-
-
-def energy(spectra: pd.DataFrame, gauge: str) -> np.ndarray:
-    """Energy E(k) [layers, k] of the teacher's [W_K; W_V], of the weights or of their outputs."""
-    mine = spectra[(spectra["state"] == "teacher") & (spectra["gauge"] == gauge)]
-    sigma = mine.pivot_table(index="layer", columns="index", values="sigma").to_numpy()
-    square = np.cumsum(np.square(sigma), axis=1)
-    return square / square[:, -1:]
-
-
-def predictors(
-    ranks: pd.DataFrame, spectra: pd.DataFrame, conversion: pd.DataFrame
-) -> pd.DataFrame:
-    """What the spectra say of each latent run before its first step, a row a run.
-
-    Columns beside those of the run: ``rank`` (r_.99 of the composed weights, interpolated, median
-    of layers), ``weight_loss`` and ``output_loss`` (1 - E(d_c) of the teacher's [W_K; W_V], of the
-    weights and of the outputs on real inputs, mean of layers), ``error`` (of the attention's output
-    after conversion, mean of layers).
-    """
-    start = ranks[
-        (ranks["operator"] == "composed") & (ranks["gauge"] == "raw") & (ranks["step"] == 0)
-        & (ranks["metric"] == "r_0.99_interp")
-    ]  # fmt: skip
-    start = start.drop_duplicates(["run", "layer"])
-    made = start.groupby(_RUN, as_index=False)["value"].median().rename(columns={"value": "rank"})
-    for name, gauge in (("weight_loss", "raw"), ("output_loss", "weighted-raw")):
-        kept = energy(spectra, gauge).mean(axis=0)
-        made[name] = [1 - kept[min(int(d_c), len(kept)) - 1] for d_c in made["d_c"]]
-    last = conversion[conversion["decision"] == "latent_norm"]
-    error = last.groupby("run")["output_error"].mean()
-    return round_significant(made.assign(error=made["run"].map(error)))

@@ -36,7 +36,7 @@ PAPER_DEFAULT = {"d_nope": 96, "d_rope": 32, "d_c": 192}
 """The row of the paper's Table 5b that is missing in its Table 5a."""
 CACHED = 2 * miniature.WIDTH
 """Scalars that a dense layer of the miniature caches a token."""
-UNDER, QUOTED = "miniature, measured (± s.e.)", "Wan 1.3B, the paper's (quoted)"
+UNDER, QUOTED = "miniature, measured (± s.e.)", "Wan 1.3B (paper-quoted)"
 SHOWN = (
     Column("all_correct", "all\ncorrect", ".3f", under=UNDER, best="max"),
     Column("all_correct_se", "±", ".3f", under=UNDER),
@@ -71,7 +71,11 @@ def measured(scores: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     keys = ["student", "d_c", "d_rope"]
     found: pd.DataFrame | None = None
     for metric in (*METRICS, "held_out"):
-        rows = miniature.scores(scores, metric) if metric in METRICS else miniature.held_out(curves)
+        rows = (
+            miniature.score_rows(scores, metric)
+            if metric in METRICS
+            else miniature.held_out(curves)
+        )
         rows = miniature.usual(rows, None, None)
         mean = miniature.over_seeds(rows.assign(student=miniature.student(rows)), keys)
         mean = mean.rename(columns={"value": metric, "se": f"{metric}_se"})
@@ -121,7 +125,9 @@ def rows(
     table = pd.concat([sizes.drop(columns="student"), dense, teacher(scores)], ignore_index=True)
     names = table.pop("student")
     table["ratio"] = table["ratio"].astype(object).where(names.isna(), names)
-    table["ratio"] = [value if isinstance(value, str) else f"{value:.3f}" for value in table["ratio"]]
+    table["ratio"] = [
+        value if isinstance(value, str) else f"{value:.3f}" for value in table["ratio"]
+    ]
     return round_significant(table.astype({"d_c": "Int64", "paper_d_c": "Int64", "seeds": "Int64"}))
 
 
@@ -135,10 +141,11 @@ def draw(out_dir: str) -> Figure:
     papers = [ROOT / name for name in DATA[2:]]
     table = rows(scores.table, curves.table, *map(pd.read_csv, papers))
     validity, run_hash = miniature.drawn_from(ID, [scores, curves], papers)
-    count = int(miniature.scores(scores.table, "all_correct")["n"].median())
+    count = int(miniature.score_rows(scores.table, "all_correct")["n"].median())
+    split = f"{miniature.HEAD - miniature.D_ROPE}/{miniature.D_ROPE}"
     notes = [
-        f"Miniature: init activation, split {miniature.HEAD - miniature.D_ROPE}/{miniature.D_ROPE}, "
-        f"after all stages, {count} videos of the training length a seed; IoU of the sprite, "
+        f"Miniature: init activation, split {split}, after all stages, {count} videos of the "
+        "training length a seed (the one teacher is judged once a seed); IoU of the sprite, "
         "velocity error in pixels a frame. The paper's are VBench scores in percent, its total the "
         "plain mean of the two, its row at 0.125 from its table of splits.",
     ]

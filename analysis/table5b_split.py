@@ -1,4 +1,4 @@
-"""Table 5b: quality against the nope/rope split, the miniature's measured beside the paper's quoted.
+"""Table 5b: quality against the nope/rope split, the miniature's beside the paper's quoted.
 
 Rows are set by the rotary share of a head's channels; columns as in Table 5a, of which no two of
 miniature and paper are on one scale.
@@ -69,7 +69,7 @@ def draw(out_dir: str) -> Figure:
     paper = ROOT / DATA[2]
     table = rows(scores.table, curves.table, pd.read_csv(paper))
     validity, run_hash = miniature.drawn_from(ID, [scores, curves], [paper])
-    count = int(miniature.scores(scores.table, "all_correct")["n"].median())
+    count = int(miniature.score_rows(scores.table, "all_correct")["n"].median())
     notes = [
         f"Miniature: init activation, $d_c$ = {miniature.D_C}, heads of {miniature.HEAD} channels, "
         f"after all stages, {count} videos of the training length a seed; IoU of the sprite, "

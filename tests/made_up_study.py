@@ -1,4 +1,4 @@
-"""Tables in the shape of a finished study, whose values follow simple formulas of what they name."""
+"""Tables in the shape of a finished study; their values follow simple formulas."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def tables() -> dict[str, pd.DataFrame]:
     made: dict[str, Rows] = {
         name: [] for name in ("scores", "drift", "curves", "ranks", "conversion", "spectra")
     }
+    about: dict[str, Any] = {}
     for seed in SEEDS:
         about = {"run": "teacher", "variant": "teacher", "init": "none", "d_c": 0, "d_rope": 0,
                  "seed": seed, "stage": "teacher"}  # fmt: skip
