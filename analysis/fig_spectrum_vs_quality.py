@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from analysis import miniature, prediction
+from mla_study.errors import UserError
 from mla_study.study.plots import COLOURS, PAGE_WIDTH, save_figure, stamp, style
 from mla_study.study.tables import Column, save_table, spell
 
@@ -66,6 +67,9 @@ def draw(out_dir: str) -> Figure:
 
     Args:
         out_dir: where the files go.
+
+    Raises:
+        UserError: the study has fewer than three configurations.
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
@@ -74,6 +78,8 @@ def draw(out_dir: str) -> Figure:
     scores = results[-1].table
     runs = prediction.predicted(*(result.table for result in results))
     found = prediction.correlations(runs)
+    if found.empty:
+        raise UserError("rank correlations need three configurations: `make study-full` has them")
     validity, run_hash = miniature.drawn_from(ID, results)
     with style():
         figure, axes = plt.subplots(2, 4, figsize=(PAGE_WIDTH, 4.3), sharey="row")

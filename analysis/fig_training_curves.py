@@ -79,6 +79,7 @@ def draw(out_dir: str) -> Figure:
         out_dir: where the files go.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     result = miniature.read("curves", ROOT)
     rows = losses(result.table)
@@ -99,6 +100,9 @@ def draw(out_dir: str) -> Figure:
         for axis in (first, whole):
             axis.set_xlabel("training step of the miniature")
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
         first.set_ylabel("held-out flow-matching loss")
         _steps(need, found)
         first.set_title("(a) teacher forcing", pad=10)
@@ -146,7 +150,7 @@ def _steps(axis: Axes, found: pd.DataFrame) -> None:
             color=colour, mew=0.2,
         )  # fmt: skip
     # logarithmic from 1 on; where an init starts below a level it needs 0 steps
-    axis.set(xscale="log", xlabel="held-out loss (reached from left to right)")
+    axis.set(xscale="log", xlabel="held-out loss (falling)")
     axis.set_yscale("symlog", linthresh=1)
     axis.set_ylabel("training steps needed")
     axis.set_ylim(-0.3, 1.6 * top)

@@ -147,7 +147,7 @@ def paired(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, flo
     Raises:
         UserError: no seed is in both.
     """
-    both = first.set_index("seed").join(second.set_index("seed"), rsuffix="_2", how="inner")
+    both = first.merge(second, on="seed", suffixes=("", "_2"))
     both = both.dropna(subset=["value", "value_2"])
     if both.empty:
         raise UserError("no seed is in both of what is compared: finish the study")
@@ -165,17 +165,21 @@ def spearman(
 
     The same groups and seed give the same resamples. NaN where x or y is constant.
     """
-    whole = _rank_correlation(x, y)
+    whole = float(_rank_correlations(x[None], y[None])[0])
     if not np.isfinite(whole):
         return whole, np.full(draws, np.nan)
     rng = np.random.default_rng(seed)
     names = list(dict.fromkeys(groups))
     members = [np.flatnonzero([group == name for group in groups]) for name in names]
-    found: list[float] = []
-    for _ in range(draws):
-        chosen = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
-        found.append(_rank_correlation(x[chosen], y[chosen]))
-    return whole, np.array(found)
+    picked = rng.integers(len(names), size=(draws, len(names)))
+    chosen = [np.concatenate([members[i] for i in row]) for row in picked]
+    sizes = np.array([len(rows) for rows in chosen])
+    found = np.empty(draws)
+    for size in np.unique(sizes):  # of equal groups one; ranks of many rows at once are fast
+        these = np.flatnonzero(sizes == size)
+        rows = np.stack([chosen[i] for i in these])
+        found[these] = _rank_correlations(x[rows], y[rows])
+    return whole, found
 
 
 def percentiles(draws: np.ndarray) -> tuple[float, float]:
@@ -187,11 +191,12 @@ def percentiles(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    a, b = stats.rankdata(x), stats.rankdata(y)
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 0 else float("nan")
+def _rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of the rows of x and y [draws, N]; NaN where one is constant."""
+    a, b = (stats.rankdata(values, axis=1) for values in (x, y))
+    a, b = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (a, b))
+    scale = np.sqrt(np.square(a).sum(axis=1) * np.square(b).sum(axis=1))
+    return np.divide((a * b).sum(axis=1), scale, out=np.full(len(a), np.nan), where=scale > 0)
 
 
 def score_rows(

@@ -239,20 +239,26 @@ def break_rows(scores: pd.DataFrame) -> Iterator[Row]:
         ("split", "d_rope", latent[latent["d_c"] == miniature.D_C]),
     )
     for question, column, part in parts:
-        broken: list[int] = []
+        found: dict[str, list[int]] = {"breaks": [], OPEN: [], "holds": []}
         for size, mine in part.groupby(column):
             number = int(size)  # type: ignore[arg-type]
             told = f"$d_c$ = {number}" if column == "d_c" else f"{miniature.HEAD - number}/{number}"
             for row in _compare(question, f"all correct − dense's, {told}", mine, dense, breaks):
-                broken += [number] if row["verdict"] == "breaks" else []
+                found[row["verdict"]].append(number)
                 yield row
         if part.empty:
             continue
-        where = "breaks nowhere" if not broken else f"breaks at {', '.join(map(str, broken))}"
+        where = "; ".join(
+            f"{verdict} at {', '.join(map(str, sizes))}"
+            for verdict, sizes in found.items()
+            if sizes
+        )
         name = "sizes" if column == "d_c" else "rotary channels of 32"
         nan = float("nan")
-        yield _row(question, f"{name} that break", len(broken), nan, nan, part[column].nunique(),
-                   where)  # fmt: skip
+        yield _row(
+            question, f"{name} that break", len(found["breaks"]), nan, nan,
+            part[column].nunique(), where,
+        )  # fmt: skip
 
 
 def predict_rows(tables: Tables) -> Iterator[Row]:
