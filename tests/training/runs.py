@@ -23,7 +23,7 @@ from mla_study.training.start import fresh_model
 
 DENSE = replace(
     mini(), layers=2, width=24, heads=2, ffn_width=20, freq_dim=12, text_dim=7, text_len=5,
-    in_channels=3, out_channels=3, latent_size=(4, 2), window=WindowConfig(1, 2, 2),
+    in_channels=3, out_channels=3, latent_size=(4, 4), window=WindowConfig(1, 2, 2),
     flow=FlowConfig(3.0, denoise_steps=(1000, 600, 300)),
 )  # fmt: skip
 LATENT = replace(DENSE, latent=LatentConfig(d_c=5, d_q=7, d_nope=6, d_rope=6, rope_pairs=(1, 1, 1)))
@@ -41,7 +41,7 @@ class Clips:
             return torch.randn(shape, generator=torch.Generator().manual_seed(n))
 
         context = torch.stack([drawn(n, 5, 7) for n in samples])
-        latents = torch.stack([drawn(n + 7, 3, FRAMES, 4, 2) for n in samples])
+        latents = torch.stack([drawn(n + 7, 3, FRAMES, 4, 4) for n in samples])
         return Batch(context, latents, tuple(map(str, samples)))
 
     def facts(self) -> dict[str, Any]:
