@@ -25,6 +25,7 @@ from mla_study.commands.mask import Mask
 from mla_study.commands.plan import Plan
 from mla_study.commands.study import Study
 from mla_study.commands.text import Text
+from mla_study.commands.train import Train
 from mla_study.commands.vae import Vae
 from mla_study.commands.world import Score, World
 from mla_study.errors import EXIT_BAD_INPUT, UserError
@@ -281,6 +282,7 @@ Command = (
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Mask, tyro.conf.subcommand("mask")]
     | Annotated[CacheError, tyro.conf.subcommand("cache-error")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Study, tyro.conf.subcommand("study")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Dispatch, tyro.conf.subcommand("dispatch")]

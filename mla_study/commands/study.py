@@ -44,19 +44,20 @@ class Study:
     def run(self) -> int:
         """Do the study, and return the exit code."""
         from mla_study.miniature.plan import stage_of, study, teacher_node
-        from mla_study.miniature.shipping import place_of, ship
+        from mla_study.miniature.shipping import ship
         from mla_study.miniature.store import Store
         from mla_study.miniature.tables import summary, write_tables
         from mla_study.study.runs import file_sha256, read_result
+        from mla_study.world.shipped import shipped
 
         workers = self.workers or len(os.sched_getaffinity(0))
         if workers < 1:
             raise UserError(f"--workers is {workers}, but it must be at least 1")
-        codec, teacher = place_of("codec"), None
+        codec, teacher = shipped("codec"), None
         if self.train_teacher:
             node = teacher_node(stage_of("flow", 0), None)
         else:
-            teacher = place_of("teacher")
+            teacher = shipped("teacher")
             node = teacher_node(None, file_sha256(teacher))
         plan = study(self.which, node)
         store = Store(self.store, codec, teacher, workers)

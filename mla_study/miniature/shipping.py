@@ -1,4 +1,4 @@
-"""The trained models that the package carries: where they lie, and how they get there."""
+"""How the models of a finished study get into the package."""
 
 from __future__ import annotations
 
@@ -8,26 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mla_study.errors import UserError
 from mla_study.miniature.plan import Plan
 from mla_study.miniature.store import MODEL, Store
+from mla_study.world.shipped import FOLDER, MAKE
 
-FOLDER = Path(__file__).parents[1] / "data" / "miniature"
-NAMES = ("teacher", "dense", "latent", "codec")
-MAKE = "mla-study study mini --train-teacher --ship"
 _STUDENTS = {"dense": "dense-s0/dmd", "latent": "activation-12-s0/dmd"}
-
-
-def place_of(name: str) -> Path:
-    """A shipped file.
-
-    Raises:
-        UserError: it is not there.
-    """
-    path = FOLDER / f"{name}.safetensors"
-    if not path.exists():
-        raise UserError(f"the package lacks {path.name} of the miniature: make it by {MAKE}")
-    return path
 
 
 def ship(plan: Plan, store: Store) -> None:
