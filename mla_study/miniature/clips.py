@@ -26,8 +26,7 @@ from mla_study.miniature.store import Store
 if TYPE_CHECKING:
     import pandas as pd
 
-    Pixels = UInt8[np.ndarray, "n H W 3"]
-
+Pixels = UInt8[np.ndarray, "n H W 3"]
 KEPT = {1: 6, 10: 8, 100: 10}
 """Length in training lengths -> frames kept."""
 PROMPTS = 4

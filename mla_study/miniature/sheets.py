@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,8 +53,8 @@ def write_videos(plan: Plan, store: Store, folder: Path) -> list[Path]:
         prompts, labels = found[0][0], [label_of(node) for node in both]
         videos = np.stack([frames for _, frames in found])
         stem = folder / f"{stage}-{clips}x"
-        atomic_write(stem.with_suffix(".png"), lambda to: _sheet(videos, labels, prompts, to))
-        atomic_write(stem.with_suffix(".mp4"), lambda to: _film(videos, labels, prompts, to))
+        atomic_write(stem.with_suffix(".png"), partial(_sheet, videos, labels, prompts))
+        atomic_write(stem.with_suffix(".mp4"), partial(_film, videos, labels, prompts))
         written += [stem.with_suffix(".png"), stem.with_suffix(".mp4")]
     return written
 
@@ -90,7 +91,7 @@ def _film(
     """All videos at once, their pixels as squares."""
     from mla_study.rollout.sinks import Mp4Sink
 
-    grid = _Grid(labels, prompts, *videos.shape[3:5], SCALE)
+    grid = _Grid(labels, prompts, videos.shape[3], videos.shape[4], SCALE)
     sink = Mp4Sink(to, Fraction(mini().fps))
     try:
         for first in range(0, videos.shape[2], _PIECE):
