@@ -209,11 +209,11 @@ def draw(out_dir: str) -> Figure:
     breaks = rules_between(table, "group")
     table["group"] = table["group"].where(~table["group"].duplicated(), "")
     notes = [
-        "Printed from the presets. 'not stated': the paper leaves it open and the value is this "
-        "project's; 'no setting here': the number of ranks is that of the launch. TF: teacher "
-        "forcing, CD: consistency, DMD: distribution matching; one value holds for all three.",
-        "The appendix's batches 2 / 2 / 16 against the text's 128 are read as samples of a pass: "
-        "128 is accumulated. small and mini are the miniature's, on one GPU and on a CPU.",
+        "Printed from the presets. 'not stated': the paper's table has no such row; 'no setting "
+        "here': the number of ranks is that of the launch. TF: teacher forcing, CD: consistency, "
+        "DMD: distribution matching; one value holds for all three.",
+        "Of batches the paper's table says 128 and its appendix 2 / 2 / 16: the preset follows the "
+        "table and accumulates passes. small and mini are the miniature's (GPU, CPU).",
     ]
     with style():
         return save_table(
