@@ -23,7 +23,7 @@ setup: ## build .venv from constraints.txt (PYTHON=... chooses the interpreter)
 	"$$py" tools/setup_env.py $$exact
 
 figures: setup ## draw what is stale into results/figures (FIG=fig1  FORCE=1  PARAMS='a=1 b=2'  LIST=1)
-	@$(BIN)/mla-study figures $(if $(FIG),--fig $(FIG)) $(if $(PARAMS)$(SERIES),--params $(PARAMS) $(if $(SERIES),series='$(SERIES)')) $(if $(FORCE),--force) $(if $(LIST),--list)
+	@$(BIN)/mla-study figures $(if $(FIG),--fig $(FIG)) $(if $(PARAMS)$(SERIES)$(VIDEOS),--params $(PARAMS) $(if $(SERIES),series='$(SERIES)') $(if $(VIDEOS),videos='$(VIDEOS)')) $(if $(FORCE),--force) $(if $(LIST),--list)
 
 data: setup ## measure the committed tables of results/data anew (FIG=fig1 for one figure's)
 	@$(BIN)/mla-study data $(if $(FIG),--fig $(FIG))

@@ -44,6 +44,7 @@ class Study:
     def run(self) -> int:
         """Do the study, and return the exit code."""
         from mla_study.miniature.plan import stage_of, study, teacher_node
+        from mla_study.miniature.sheets import write_videos
         from mla_study.miniature.shipping import ship
         from mla_study.miniature.store import Store
         from mla_study.miniature.tables import summary, write_tables
@@ -75,6 +76,9 @@ class Study:
         folders = write_tables(plan, store, out, self.which)
         print(summary(read_result(out / "study_scores").table))
         print(f"tables: {', '.join(str(folder) for folder in folders)}")
+        videos = self.store / f"tables-{self.which}" / "videos"
+        names = [file.name for file in write_videos(plan, store, videos)]
+        print(f"all variants side by side, in {videos}: {', '.join(names)}")
         if self.ship:
             ship(plan, store)
         return 0

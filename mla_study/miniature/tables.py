@@ -1,4 +1,4 @@
-"""Tidy tables of a finished plan: scores, drift, curves, ranks, spectra, errors of conversions.
+"""Tidy tables of a finished plan: scores, drift, curves, ranks, spectra, conversions, frames.
 
 Every table begins with the columns that describe a node (run, variant, init, d_c, d_rope, seed,
 stage); ``step`` counts on through a student's stages.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mla_study.errors import UserError
+from mla_study.miniature.clips import clips_table
 from mla_study.miniature.plan import Node, Plan
 from mla_study.miniature.spectra import spectra
 from mla_study.miniature.store import Store
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ABOUT = ("run", "variant", "init", "d_c", "d_rope", "seed", "stage")
-TABLES = ("scores", "drift", "curves", "ranks", "conversion", "spectra")
+TABLES = ("scores", "drift", "curves", "ranks", "conversion", "spectra", "clips")
 UNITS = {
     "value": "shares of videos, IoU (1), pixels a frame (velocity_error), pixels (phase_error); "
     "ranks and losses without unit",
     "se": "standard error over videos",
     "sigma": "singular value, in the weights' own scale",
     "second": "seconds of video at the window's middle",
+    "fps": "frames a second",
+    "png": "frames of the numbers in `frames`, side by side, one pixel a pixel",
     "step": "generator updates since the conversion",
 }
 _PLAIN = ("video", "window")
@@ -63,6 +66,7 @@ def tables(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
     for name in ("curves", "ranks", "conversion"):
         made[name] = pd.concat(rows[name], ignore_index=True) if rows[name] else pd.DataFrame()
     made["spectra"] = spectra(plan, store)
+    made["clips"] = clips_table(plan, store)
     return {name: round_significant(frame) for name, frame in made.items()}
 
 

@@ -86,7 +86,9 @@ def run_figures(
     if list_only:
         return _list(chosen, project, given)
     if not figs:
-        reasons = {figure.id: staleness.absent(figure, project) for figure in chosen}
+        reasons = {
+            figure.id: staleness.absent(figure, project, figure.values(given)) for figure in chosen
+        }
         for name, reason in reasons.items():
             if reason:
                 _print(f"  {name}: skipped, as it is drawn from {reason}")

@@ -3,8 +3,9 @@
 ``notebooks/<id>.ipynb`` has one cell tagged ``parameters``, a parameter a line
 (``name = default  # type: meaning``), ``out_dir`` among them. ``analysis/<id>.py`` has ``TITLE``,
 ``PROVENANCE``, ``DATA`` (folders or files it draws from, relative to the project), and may have
-``INPUTS()`` (further input files: name -> path) and ``measure(data_dir)``. Nothing is imported
-here.
+``INSTEAD`` (parameters that, where they are given, name what it draws from in their place),
+``INPUTS()`` (further input files: name -> path; its arguments are parameters of those names) and
+``measure(data_dir)``. Nothing is imported here.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class Figure:
     provenance: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     functions: frozenset[str] = field(default_factory=lambda: frozenset[str]())
+    instead: tuple[str, ...] = ()
 
     def values(self, given: Mapping[str, object]) -> dict[str, Any]:
         """All parameters but ``out_dir``, those of ``given`` put in where this figure has them."""
@@ -203,7 +205,7 @@ def _figure(notebook: Path, module: Path) -> Figure:
     for node in _parse(module.read_text(encoding="utf-8"), module).body:
         if isinstance(node, ast.FunctionDef):
             functions.add(node.name)
-        elif (name := _target(node)) in ("TITLE", "PROVENANCE", "DATA"):
+        elif (name := _target(node)) in ("TITLE", "PROVENANCE", "DATA", "INSTEAD"):
             constants[name] = _literal(node, module)
     provenance = constants.get("PROVENANCE", ())
     data = constants.get("DATA", ())
@@ -216,6 +218,7 @@ def _figure(notebook: Path, module: Path) -> Figure:
         provenance=(provenance,) if isinstance(provenance, str) else tuple(provenance),
         data=(data,) if isinstance(data, str) else tuple(data),
         functions=frozenset(functions),
+        instead=tuple(constants.get("INSTEAD", ())),
     )
 
 

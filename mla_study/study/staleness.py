@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import sys
 import time
@@ -69,7 +70,7 @@ def key_parts(
 
     :raises UserError: data or an input is missing.
     """
-    if reason := absent(figure, project):
+    if reason := absent(figure, project, values):
         raise UserError(f"{figure.id} is drawn from {reason}.")
     versions = {name: importlib.metadata.version(name) for name in ("matplotlib", "numpy")}
     return {
@@ -78,17 +79,20 @@ def key_parts(
             f"analysis.{figure.id}", roots={**package_roots(), "analysis": project.analysis}
         ),
         "parameters": _hash(values),
-        "data": _hash({name: _data_hash(project.root / name, figure) for name in figure.data}),
-        "inputs": _hash(input_hashes(figure, project, cache)),
+        "data": _hash({name: _data_hash(project.root / name) for name in _drawn(figure, values)}),
+        "inputs": _hash(input_hashes(figure, project, values, cache)),
         "libraries": _hash(versions),
     }
 
 
-def input_hashes(figure: Figure, project: Project, cache: HashCache) -> dict[str, str]:
-    """SHA-256 of each file of the module's ``INPUTS()``, folders file by file."""
+def input_hashes(
+    figure: Figure, project: Project, values: Mapping[str, Any], cache: HashCache
+) -> dict[str, str]:
+    """SHA-256 of each file of the module's ``INPUTS(...)``, folders file by file."""
     if "INPUTS" not in figure.functions:
         return {}
-    found = load_module(figure, project).INPUTS()
+    inputs = load_module(figure, project).INPUTS
+    found = inputs(**{name: values[name] for name in inspect.signature(inputs).parameters})
     if not isinstance(found, Mapping):
         found = {Path(path).name: path for path in found}
     hashes: dict[str, str] = {}
@@ -143,9 +147,9 @@ def _hash(value: object) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def absent(figure: Figure, project: Project) -> str:
+def absent(figure: Figure, project: Project, values: Mapping[str, Any]) -> str:
     """Why a figure's data are not there and how they are made, or '' where all of them are."""
-    for path in (project.root / name for name in figure.data):
+    for path in (project.root / name for name in _drawn(figure, values)):
         if not path.exists():
             study = path.name.startswith("study_")
             how = "study-full" if study else f"data FIG={figure.id}"
@@ -153,7 +157,11 @@ def absent(figure: Figure, project: Project) -> str:
     return ""
 
 
-def _data_hash(path: Path, figure: Figure) -> dict[str, str]:
+def _drawn(figure: Figure, values: Mapping[str, Any]) -> tuple[str, ...]:
+    return () if any(values.get(name) for name in figure.instead) else figure.data
+
+
+def _data_hash(path: Path) -> dict[str, str]:
     return {
         relative: _run_identity(file) if file.name == RUN_FILE else file_sha256(file)
         for relative, file in _files(path)

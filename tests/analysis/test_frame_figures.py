@@ -1,0 +1,147 @@
+"""Figures 3 to 6 and table 4: what they show, from renders, configs and the paper's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from miniature.test_clips import truth, write
+
+from analysis import (
+    fig3_overview,
+    fig4_samples,
+    fig5_comparison,
+    fig6_long_horizon,
+    frames,
+    table4_hyperparameters,
+)
+from mla_study.checkpoints.wan.load import expected_shapes
+from mla_study.config import preset
+from mla_study.errors import UserError
+from mla_study.miniature.clips import clip_row, even
+from mla_study.study.runs import write_result
+
+ALL = [fig4_samples, fig5_comparison, fig6_long_horizon]
+
+
+@pytest.fixture
+def table(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    """Renders in the shape of the study's table, which the figures then find."""
+    rows = list[dict[str, object]]()
+    for name in ("teacher", "dense", "activation", "random"):
+        variant = name if name in ("teacher", "dense") else "latent"
+        for times in (1,) if name == "teacher" else (1, 10, 100):
+            about = {
+                "run": name, "variant": variant, "d_c": 12, "d_rope": 8, "seed": 0,
+                "init": name if variant == "latent" else "none", "condition": "plain",
+                "stage": "teacher" if name == "teacher" else "dmd", "clips": times,
+            }  # fmt: skip
+            numbers = even(12 * times, 5)
+            video = truth(seed % 2**31, 3, 12)
+            for number, clip in enumerate(video):
+                rows.append(clip_row(about, f"prompt {number}", 8.0, numbers, clip[:5]))
+    made = pd.DataFrame(rows)
+    folder = tmp_path / "study_clips"
+    write_result(
+        folder, {"table": made}, config={}, inputs={}, seed=None, modules=(),
+        provenance="measured", validity="full",
+    )  # fmt: skip
+    monkeypatch.setattr(frames, "TABLE", folder)
+    return made
+
+
+def texts(figure: object) -> list[str]:
+    from matplotlib.text import Text
+
+    return [t.get_text() for t in figure.findobj(Text)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_the_study_is_drawn_and_named(module: object, table: pd.DataFrame, tmp_path: Path) -> None:
+    figure = module.draw(str(tmp_path / "out"))  # type: ignore[attr-defined]
+    said = texts(figure)
+    assert any("the miniature (width 96, 4 layers, 24 px)" in text for text in said)
+    assert {"prompt 0", "prompt 1", "prompt 2"} <= set(said)
+    assert "time in the video (s)" in said
+    pictures = [image for axis in figure.axes for image in axis.get_images()]
+    rows = {fig4_samples: 1, fig5_comparison: 4, fig6_long_horizon: 2}[module]
+    assert len(pictures) == 3 * rows
+    # the pixels of the strip are those of the first frame
+    shown = np.asarray(pictures[0].get_array())
+    first = frames.frames_of(table.iloc[0].to_dict())[0]
+    np.testing.assert_array_equal(shown[:96:4, :96:4], first)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_a_folder_is_drawn_by_its_name(module: object, tmp_path: Path, seed: int) -> None:
+    for label, length in (("long", 21), ("short", 9)):
+        video = truth(seed % 2**31, 1, length)[0].repeat(2, 1).repeat(3, 2)
+        write(tmp_path / "clips" / label / "a_kite.mp4", video, 8)
+    figure = module.draw(str(tmp_path / "out"), videos=str(tmp_path / "clips"))  # type: ignore[attr-defined]
+    said = texts(figure)
+    assert any(text.endswith(": clips") for text in said)
+    assert not any("miniature" in text for text in said)
+    assert "a kite" in said
+    # videos of different lengths share no time axis: each says its own
+    if module is not fig4_samples:
+        assert "time in the video (s)" not in said
+        assert "long\n2.5 s" in said and "short\n1 s" in said
+    assert len(module.INPUTS(str(tmp_path / "clips"))) == 2  # type: ignore[attr-defined]
+
+
+def test_what_is_not_there_is_told(table: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'svd'.*teacher, dense"):
+        fig5_comparison.draw(str(tmp_path), variants="svd")
+    with pytest.raises(UserError, match=r"stage=dmd times=10"):
+        fig4_samples.draw(str(tmp_path), times=7)
+    video = truth(1, 1, 5)[0]
+    write(tmp_path / "clips" / "one" / "a.mp4", video, 8)
+    write(tmp_path / "clips" / "two" / "b.mp4", video, 8)
+    with pytest.raises(UserError, match="no prompt in common"):
+        fig5_comparison.draw(str(tmp_path), videos=str(tmp_path / "clips"))
+
+
+@pytest.mark.parametrize("name", ["wan-1.3b", "mini"])
+def test_the_overview_has_every_parameter_and_its_shape(name: str) -> None:
+    config = preset(name, latent=True)
+    said = [text.replace(",\n", ", ") for text in texts(fig3_overview.overview(config))]
+    assert config.latent is not None
+    for full, shape in expected_shapes(config).items():
+        if not full.startswith("blocks.0.") or full.endswith(".bias"):
+            continue
+        part = full.removeprefix("blocks.0.").removeprefix("self_attn.")
+        short = part.removeprefix("cross_attn.").removesuffix(".weight")
+        spelt = " × ".join(map(str, shape))
+        assert any(short in text and spelt in text for text in said), (full, shape)
+    scalars, dense = config.latent.cached_scalars, 2 * config.width
+    assert any(f"{scalars} against {dense}" in text for text in said)
+    cached = [text for text in said if text.endswith("\ncached")]
+    assert len(cached) == 2
+
+
+def test_no_word_of_the_overview_leaves_the_figure() -> None:
+    figure = fig3_overview.overview(preset("wan-1.3b", latent=True))
+    figure.canvas.draw()
+    wide, high = figure.bbox.width, figure.bbox.height
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if text.get_text():
+            box = text.get_window_extent()
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= wide and box.y1 <= high, text
+
+
+def test_the_preset_has_the_papers_hyperparameters(tmp_path: Path) -> None:
+    source = table4_hyperparameters.ROOT / table4_hyperparameters.DATA[0]
+    paper = table4_hyperparameters.quoted(source)
+    table = table4_hyperparameters.rows(paper)
+    stated = table[table["paper"].notna()]
+    assert len(stated) == len(paper) == 19
+    assert stated["agreement"].value_counts().to_dict() == {"equal": 18, "no setting here": 1}
+    assert set(table[table["paper"].isna()]["agreement"]) == {"not stated"}
+    # a changed value is seen
+    other = table4_hyperparameters.rows(paper | {"lr_dmd": "3e-6", "backbone": "Wan2.1-T2V-14B"})
+    assert (other["agreement"] == "different").sum() == 2
