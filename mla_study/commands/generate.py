@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from mla_study.errors import UserError
+
+if TYPE_CHECKING:
+    from mla_study.model.transformer import WanTransformer
+    from mla_study.rollout.setup import ModelChoice
 
 _EXIT_INTERRUPTED = 130
 _DEFAULT_FRAMES = 21
@@ -20,9 +25,11 @@ _DEFAULT_FRAMES = 21
 class Generate:
     """Stream a video, chunk after chunk, at constant memory, into a file that plays as it grows.
 
-    Ctrl-C finishes the chunk and closes the file; the same command with --resume goes on.
+    Without a checkpoint the trained miniature that the package carries makes it; it reads captions
+    such as the example's. Ctrl-C finishes the chunk and closes the file; the same command with
+    --resume goes on.
 
-    Example: mla-study generate "a red disc" --preset mini --random-weights --out disc.mp4
+    Example: mla-study generate "fast red square moving right middle center on stripes" --seconds 30
     """
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -30,13 +37,14 @@ class Generate:
     out: Path = Path("video.mp4")
     """.mp4, .webp, .gif, .png (or no suffix: a folder of frames), or .safetensors for latents."""
     checkpoint: str | None = None
-    """Weights: original Wan, diffusers, Self-Forcing, or a folder of ours."""
+    """Weights: original Wan, diffusers, Self-Forcing, or a folder of ours (default: the shipped
+    miniature)."""
     random_weights: bool = False
     """A preset with random weights, to try shapes and speed."""
     preset: str | None = None
     """Model with --random-weights (default mini), or what a checkpoint without config is."""
     variant: Literal["dense", "latent"] | None = None
-    """Self-attention with --random-weights (default latent); of a checkpoint, a check."""
+    """Self-attention of the miniature (default latent); of a checkpoint, a check."""
     weights: str | None = None
     """Which dictionary of a PyTorch file, such as generator_ema."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -80,7 +88,9 @@ class Generate:
     fp8: bool = False
     """Projections in fp8 (e4m3), on GPUs that have it; the video changes a little."""
     threads: int | None = None
-    """Threads of torch on the CPU (default: its own choice); one is best for the miniature."""
+    """Threads of torch on the CPU (default: its own choice, and one for the miniature)."""
+    upscale: int | None = None
+    """Pixels that a pixel of the miniature is shown as (default: at least 240 a side)."""
     resume: bool = False
     """Go on from the state saved beside --out; all else must be as it was."""
     save_every: int = 1
@@ -88,11 +98,12 @@ class Generate:
 
     def run(self) -> int:
         """Generate, and return the exit code."""
+        import torch
+
         from mla_study.rollout.accelerate import Acceleration, accelerate
         from mla_study.rollout.record import record
         from mla_study.rollout.setup import (
             ModelChoice,
-            build_model,
             choose_decoder,
             choose_encoder,
             parse_size,
@@ -101,13 +112,15 @@ class Generate:
         )
         from mla_study.rollout.sinks import check_place, kind_of
         from mla_study.rollout.stream import Rollout, RolloutConfig
+        from mla_study.rollout.video import Decoder
+        from mla_study.world.serving import WorldDecoder, default_prompts
+        from mla_study.world.shipped import is_world, world_codec
+        from mla_study.world.text import CaptionEncoder
 
-        if self.threads is not None:
-            if self.threads < 1:
-                raise UserError(f"--threads is {self.threads}, but it must be at least 1")
-            import torch
-
-            torch.set_num_threads(self.threads)
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads is {self.threads}, but it must be at least 1")
+        if self.upscale is not None and self.upscale < 1:
+            raise UserError(f"--upscale is {self.upscale}, but it must be at least 1")
         if self.save_every < 0:
             raise UserError(f"--save-every is {self.save_every}, but it must be 0 or more")
         switches = parse_switches(self.prompt_at)
@@ -118,9 +131,19 @@ class Generate:
             self.checkpoint, self.random_weights, self.preset, self.variant, self.weights,
             self.lora, self.dtype, self.device,
         )  # fmt: skip
-        model = build_model(choice, _say)
+        model = self._model(choice)
+        world = not self.random_weights and is_world(model.config)
+        if self.threads or world:
+            torch.set_num_threads(self.threads or 1)
         predict = accelerate(model, Acceleration(self.compile, self.graph, self.fp8))
-        prompts = self.prompts or ("",)
+        prompts: tuple[str, ...] = self.prompts or ("",)
+        if world:
+            prompts = default_prompts(self.seed, self.prompts)
+            if not self.prompts:
+                _say(f"no prompt was given: this is '{prompts[0]}'")
+            encode = CaptionEncoder.of(model.config)
+        else:
+            encode = choose_encoder(model.config, choice, self.wan, self.embeddings, _say)
         rollout = Rollout(
             model,
             prompts,
@@ -129,7 +152,7 @@ class Generate:
                 self.clean_pass, self.recache,
             ),
             prompt_at=switches,
-            encode=choose_encoder(model.config, choice, self.wan, self.embeddings, _say),
+            encode=encode,
             predict=predict,
         )  # fmt: skip
         size = rollout.config.size or model.config.latent_size
@@ -137,7 +160,11 @@ class Generate:
         if not 0 < video <= 1000:
             raise UserError(f"--fps is {video}, but it must lie between 0 and 1000")
         pixels = kind_of(self.out) != "latents"
-        decoder, fps = choose_decoder(model.config, size, choice, self.wan, video, pixels, _say)
+        if world:
+            decoder: Decoder = WorldDecoder(world_codec(size[0]), self.upscale)
+            fps = Fraction(video).limit_denominator(1001)
+        else:
+            decoder, fps = choose_decoder(model.config, size, choice, self.wan, video, pixels, _say)
         chunks = self._chunks(rollout.window.chunk, video, model.config.codec_stride[0])
         made = record(
             rollout,
@@ -156,6 +183,26 @@ class Generate:
             _say(f"interrupted after {made.chunks} chunks: the same command with --resume goes on")
             return _EXIT_INTERRUPTED
         return 0
+
+    def _model(self, choice: ModelChoice) -> WanTransformer:
+        """What the choice names, or the shipped miniature where it names nothing."""
+        from mla_study.rollout.setup import build_model, usable_device
+        from mla_study.world.shipped import load_shipped
+
+        if self.checkpoint is not None or self.random_weights:
+            return build_model(choice, _say)
+        if self.preset not in (None, "mini") or self.wan is not None:
+            raise UserError(
+                f"weights of {self.preset or 'Wan'} are needed: give --checkpoint PATH, or "
+                "--random-weights to try its shapes; without either the miniature runs"
+            )
+        if self.weights is not None or self.lora:
+            raise UserError("--weights and --lora speak of a --checkpoint: give one")
+        from mla_study.model.storage import DTYPES
+
+        model = load_shipped(self.variant or "latent")
+        dtype = None if self.dtype is None else DTYPES[self.dtype]
+        return model.to(usable_device(self.device), dtype)
 
     def _chunks(self, chunk: int, fps: float, stride: int) -> int | None:
         from mla_study.rollout.record import latent_frames

@@ -23,8 +23,7 @@ from mla_study.kernels.masks import Positions
 from mla_study.model.storage import Storage
 from mla_study.model.transformer import WanTransformer
 from mla_study.rollout.sampler import guided, solve
-from mla_study.rollout.stream import stream
-from mla_study.training.objective import positions_of
+from mla_study.rollout.stream import positions_of, stream
 from mla_study.world.codec import Codec
 from mla_study.world.fitting import apart
 from mla_study.world.grammar import Caption, sample_captions

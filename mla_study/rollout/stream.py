@@ -58,10 +58,10 @@ class Chunk:
 class RolloutConfig:
     """How a rollout runs; None takes the model's own (window, size) or what suits it.
 
-    ``positions`` default to window-relative for latent attention and absolute for dense Wan,
-    ``storage`` to the model's dtype. Without ``clean_pass`` the entries of the last denoising step
-    stay in the cache. With ``recache`` a prompt switch recomputes the cached frames' entries under
-    the new prompt. ``size`` is (height, width) of the latent.
+    ``positions`` default to those of :func:`positions_of`, ``storage`` to the model's dtype.
+    Without ``clean_pass`` the entries of the last denoising step stay in the cache. With
+    ``recache`` a prompt switch recomputes the cached frames' entries under the new prompt.
+    ``size`` is (height, width) of the latent.
     """
 
     seed: int = 0
@@ -73,6 +73,16 @@ class RolloutConfig:
     clean_pass: bool = True
     recache: bool = False
     steps: tuple[int, ...] | None = None
+
+
+def positions_of(config: ModelConfig, chosen: Positions | None = None) -> Positions:
+    """Temporal positions of keys, where nothing else is chosen.
+
+    Relative to the window for latent attention and for the miniature, absolute for dense Wan.
+    """
+    if chosen is not None:
+        return chosen
+    return "relative" if config.latent is not None or config.learned_positions else "absolute"
 
 
 def resolved(config: RolloutConfig, model: WanTransformer, batch: int) -> RolloutConfig:
@@ -92,7 +102,7 @@ def resolved(config: RolloutConfig, model: WanTransformer, batch: int) -> Rollou
         batch=config.batch or batch,
         window=config.window or own.window,
         size=size,
-        positions=config.positions or ("absolute" if own.latent is None else "relative"),
+        positions=positions_of(own, config.positions),
         storage=config.storage or NAMES[model.patch_embedding.weight.dtype],
         clean_pass=config.clean_pass,
         recache=config.recache,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ class Batch:
         return Batch(self.context.to(device), latents, self.captions)
 
 
+@runtime_checkable
 class Data(Protocol):
     """A source of samples, numbered over the whole run."""
 

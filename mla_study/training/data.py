@@ -186,9 +186,8 @@ def world_data(config: ModelConfig, seed: int, captions_only: bool = False) -> W
     Raises:
         UserError: a model that does not read the world's captions or latents.
     """
-    from mla_study.world.codec import PATCH, fit_codec, load_codec
-    from mla_study.world.scenes import World
-    from mla_study.world.shipped import shipped
+    from mla_study.world.codec import PATCH
+    from mla_study.world.shipped import world_codec
     from mla_study.world.text import CaptionEncoder
 
     height, width = config.latent_size
@@ -198,11 +197,7 @@ def world_data(config: ModelConfig, seed: int, captions_only: bool = False) -> W
             f"{config.codec_stride}, but the world is square and its codec's is (1, 4, 4): give "
             "--data a folder of videos"
         )
-    size = PATCH * width
-    codec = load_codec(shipped("codec"))
-    if codec.world.size != size:
-        # the same motion, in pixels of the larger picture
-        codec = fit_codec(World(size, step=size / 24))
+    codec = world_codec(width)
     return WorldData(codec.world, codec, CaptionEncoder.of(config), seed, captions_only)
 
 

@@ -20,9 +20,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from mla_study.config import ModelConfig, from_dict
+from mla_study.config import from_dict
 from mla_study.errors import UserError
-from mla_study.kernels.masks import Positions
 from mla_study.model.transformer import Conditioning, WanTransformer
 from mla_study.training.batch import Batch, Draws
 
@@ -80,13 +79,6 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, turn: Role, roles: Roles, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Scalars by name: ``loss`` is minimised in the role ``turn``, all are logged."""
-
-
-def positions_of(config: ModelConfig, chosen: Positions | None) -> Positions:
-    """Temporal positions of a causal pass: as the rollout's, where nothing else is chosen."""
-    if chosen is not None:
-        return chosen
-    return "relative" if config.latent is not None or config.learned_positions else "absolute"
 
 
 def both_flows(

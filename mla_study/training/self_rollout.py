@@ -20,9 +20,9 @@ from mla_study.kernels.masks import Positions, chunks_of
 from mla_study.model.cache import RollingCache
 from mla_study.model.transformer import WanTransformer
 from mla_study.rollout.sampler import add_noise, warped_steps, x0_from_flow
+from mla_study.rollout.stream import positions_of
 from mla_study.training.batch import Draws
 from mla_study.training.flow import wide
-from mla_study.training.objective import positions_of
 
 
 def draw_exit(steps: int, draws: Draws) -> int:

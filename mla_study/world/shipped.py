@@ -13,8 +13,9 @@ import torch
 from mla_study.config import ModelConfig
 from mla_study.errors import UserError
 from mla_study.model.transformer import WanTransformer
-from mla_study.world.codec import PATCH
+from mla_study.world.codec import PATCH, Codec, fit_codec, load_codec
 from mla_study.world.grammar import TOKENS
+from mla_study.world.scenes import World
 
 FOLDER = Path(__file__).parents[1] / "data" / "miniature"
 MODELS = ("teacher", "dense", "latent")
@@ -40,6 +41,18 @@ def load_shipped(name: str) -> WanTransformer:
     from mla_study.checkpoints.wan.load import load_model
 
     return load_model(shipped(name), dtype=torch.float32)
+
+
+def world_codec(side: int) -> Codec:
+    """The codec of latents of ``side`` x ``side``: the shipped one, or one of a larger world.
+
+    Raises:
+        UserError: the shipped one is not there.
+    """
+    codec = load_codec(shipped("codec"))
+    size = PATCH * side
+    # the same motion, in pixels of the larger picture
+    return codec if codec.world.size == size else fit_codec(World(size, step=size / 24))
 
 
 def is_world(config: ModelConfig) -> bool:

@@ -26,6 +26,7 @@ from mla_study.config import ModelConfig
 from mla_study.errors import UserError
 from mla_study.kernels.masks import Positions, Visibility, teacher_forcing
 from mla_study.model.transformer import Conditioning, WanTransformer
+from mla_study.rollout.stream import positions_of
 from mla_study.training.batch import Batch, Draws
 from mla_study.training.flow import (
     Weighting,
@@ -35,7 +36,7 @@ from mla_study.training.flow import (
     loss_weights,
     per_frame,
 )
-from mla_study.training.objective import Objective, Role, Roles, positions_of
+from mla_study.training.objective import Objective, Role, Roles
 from mla_study.training.objectives.flow import dropped
 
 __all__ = [
