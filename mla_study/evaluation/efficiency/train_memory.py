@@ -101,7 +101,7 @@ def _without_values() -> Generator[_Tally]:
     """What a fused kernel allocates in place of attention proper, and no test of values."""
     tally = _Tally()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    def attend(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Any:
         return _Attention.apply(q, k, v, tally)
 
     # a function mode would not reach the blocks that a backward recomputes
@@ -223,7 +223,9 @@ def _prepared(models: Models, turn: Role, samples: int) -> Callable[[int], bool]
         before = draws.shared.get_state()
         try:
             objective.loss(turn, roles, batch, draws)["loss"].backward()
-        except NotImplementedError as error:
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error):
+                raise
             raise UserError(
                 f"{stage.objective} reads the values of tensors, which a dry run does not have "
                 f"({str(error).splitlines()[0][:120]}): train a few steps instead"
