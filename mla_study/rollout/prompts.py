@@ -5,6 +5,7 @@ Shapes: B batch, T text tokens, E text channels.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,13 @@ class WordHash:
         out = np.zeros((len(prompts), self.length, self.width), dtype=np.float32)
         for row, prompt in zip(out, prompts, strict=True):
             for slot, word in zip(row, prompt.lower().split(), strict=False):
-                slot[:] = philox("word", word).standard_normal(self.width, dtype=np.float32)
+                slot[:] = _word(word, self.width)
         return torch.from_numpy(out)
+
+
+@functools.lru_cache(maxsize=1024)
+def _word(word: str, width: int) -> np.ndarray:
+    return philox("word", word).standard_normal(width, dtype=np.float32)
 
 
 def stand_in(config: ModelConfig) -> WordHash:

@@ -1,50 +1,32 @@
-"""Training data by name: the miniature world, a folder of videos, or prompts alone.
+"""Training data by name: the world, a folder of videos, prompts alone, or an LMDB of trajectories.
 
 Finite data are shuffled anew for each epoch, by the seed; sample n follows from (data, seed, n).
 
-Shapes: C latent channels, F latent frames, h x w latent, T text tokens, E text channels.
+Shapes: T text tokens, E text channels.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mla_study.config import ModelConfig
 from mla_study.errors import UserError
-from mla_study.rollout.clips import fitted, read_clip
-from mla_study.rollout.prompts import Encoder, philox
-from mla_study.study.runs import atomic_write, file_sha256
+from mla_study.rollout.prompts import UMT5_WIDTH, Encoder
 from mla_study.training.batch import Batch, Data
-from mla_study.training.captions import Captioned, read_folder, read_prompts
+from mla_study.training.captions import Check, read_folder, read_prompts
+from mla_study.training.ode_pairs import OdePairs
+from mla_study.training.order import place
+from mla_study.training.texts import Rows, Texts, fingerprint, ready
+from mla_study.training.videos import CACHE, ClipEncoder, Shot, VideoFolder, kept_in
 from mla_study.training.world_data import WorldData
-
-CACHE = ".mla_study"
-"""Folder inside a folder of videos that holds their latents."""
-
-
-ClipEncoder = Callable[[Tensor], Tensor]
-"""A clip [1, 3, n, H, W] in [-1, 1] to latents [1, C, F, h, w]."""
-
-
-def place(sample: int, count: int, seed: int) -> int:
-    """Which of ``count`` items a sample is: a permutation an epoch."""
-    epoch, at = divmod(sample, count)
-    return int(_order(count, seed, epoch)[at])
-
-
-@functools.lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return philox("order", seed, epoch).permutation(count)
+from mla_study.world.codec import Codec
 
 
 @dataclass(frozen=True)
@@ -58,13 +40,13 @@ class Prompts:
     @property
     def null(self) -> Float[Tensor, "1 T E"]:
         """The empty prompt."""
-        return self.encode([""])
+        return self.encode([""]).float()
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """The prompts with these numbers."""
         count = len(self.captions)
         told = tuple(self.captions[place(n, count, self.seed)] for n in samples)
-        return Batch(self.encode(told), None, told)
+        return Batch(self.encode(told).float(), None, told)
 
     def facts(self) -> dict[str, Any]:
         """Number and hash of the prompts."""
@@ -73,122 +55,27 @@ class Prompts:
         return {"kind": "prompts", "seed": self.seed, **held}
 
 
-@dataclass
-class VideoFolder:
-    """Videos with captions; latents are made once and kept inside the folder.
-
-    Attributes:
-        frames: video frames of a clip, its first ones.
-        size: (height, width) in pixels.
-        make: encoder of clips, asked for only where latents are missing.
-        made_by: plain values that identify the encoder.
-        max_bad: share of videos that may fail to decode (one always may).
-        bad: reasons of those that did, by file name.
-    """
-
-    clips: Sequence[Captioned]
-    folder: Path
-    encode: Encoder
-    frames: int
-    size: tuple[int, int]
-    make: Callable[[], ClipEncoder]
-    made_by: dict[str, Any]
-    seed: int = 0
-    max_bad: float = 0.05
-    say: Callable[[str], object] = print
-    bad: dict[str, str] = field(default_factory=dict)
-    _kept: list[tuple[Path, str]] = field(default_factory=list)
-
-    def prepare(self, progress: bool = True) -> None:
-        """Make what latents are missing; the same call goes on after an interruption.
-
-        Raises:
-            UserError: too many videos that do not decode, or are too short (the first is named).
-        """
-        from tqdm import tqdm
-
-        self._kept.clear()
-        encoder: ClipEncoder | None = None
-        for clip in tqdm(self.clips, desc="latents", unit="video", disable=not progress):
-            target = self._place(clip)
-            if not target.exists():
-                try:
-                    pixels = self._read(clip.video)
-                except UserError as error:
-                    self._fail(clip, error)
-                    continue
-                encoder = encoder or self.make()
-                latents = encoder(pixels)
-                self._write(target, latents)
-            self._kept.append((target, clip.caption))
-        if self.bad:
-            names = ", ".join(list(self.bad)[:8])
-            self.say(f"{len(self.bad)} of {len(self.clips)} videos were skipped: {names}")
-        if not self._kept:
-            raise UserError(
-                f"{self.folder}: no video could be used: {next(iter(self.bad.values()))}"
-            )
-
-    def _fail(self, clip: Captioned, error: UserError) -> None:
-        self.bad[clip.video.name] = str(error)
-        if len(self.bad) > max(1, int(self.max_bad * len(self.clips))):
-            raise UserError(
-                f"{len(self.bad)} of {len(self.clips)} videos cannot be used, more than "
-                f"{self.max_bad:.0%}: {error} (and {', '.join(list(self.bad)[:6])})"
-            ) from None
-
-    def _read(self, video: Path) -> Float[Tensor, "1 3 n H W"]:
-        pieces = [fitted(piece, self.size) for piece in read_clip(video, self.frames)]
-        pixels = torch.cat(pieces, dim=2)
-        if pixels.shape[2] < self.frames:
-            raise UserError(
-                f"{video.name} has {pixels.shape[2]} frames, but a clip needs {self.frames}"
-            )
-        return pixels
-
-    def _place(self, clip: Captioned) -> Path:
-        facts = [self.frames, list(self.size), sorted(self.made_by.items())]
-        kind = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-        return self.folder / CACHE / kind / f"{file_sha256(clip.video)}.safetensors"
-
-    def _write(self, target: Path, latents: Tensor) -> None:
-        from safetensors.torch import save_file
-
-        target.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(target, lambda path: save_file({"latents": latents[0].contiguous()}, path))
-
-    @property
-    def null(self) -> Float[Tensor, "1 T E"]:
-        """The empty prompt."""
-        return self.encode([""])
-
-    def batch(self, samples: Sequence[int]) -> Batch:
-        """The clips with these numbers; :meth:`prepare` first."""
-        from safetensors.torch import load_file
-
-        chosen = [self._kept[place(n, len(self._kept), self.seed)] for n in samples]
-        latents = torch.stack([load_file(path)["latents"].float() for path, _ in chosen])
-        told = tuple(caption for _, caption in chosen)
-        return Batch(self.encode(told), latents, told)
-
-    def facts(self) -> dict[str, Any]:
-        """Hash over the clips and captions that are used, and how they were encoded."""
-        held = "\n".join(f"{path.stem} {caption}" for path, caption in self._kept)
-        digest = hashlib.sha256(held.encode()).hexdigest()
-        size = list(self.size)
-        facts = {"clips": len(self._kept), "sha256": digest, "frames": self.frames, "size": size}
-        return {"kind": "videos", "seed": self.seed, **facts, "encoder": dict(self.made_by)}
-
-
-def world_data(config: ModelConfig, seed: int, captions_only: bool = False) -> WorldData:
+def world_data(
+    config: ModelConfig, seed: int, captions_only: bool = False, frames: int | None = None
+) -> WorldData:
     """Clips of the world at a model's size, coded by the shipped codec where it fits.
+
+    Args:
+        frames: of a clip; None: as many as the world's.
 
     Raises:
         UserError: a model that does not read the world's captions or latents.
     """
+    from mla_study.world.text import CaptionEncoder
+
+    codec = _world_codec(config)
+    world = codec.world if frames is None else replace(codec.world, frames=frames)
+    return WorldData(world, codec, CaptionEncoder.of(config), seed, captions_only)
+
+
+def _world_codec(config: ModelConfig) -> Codec:
     from mla_study.world.codec import PATCH
     from mla_study.world.shipped import world_codec
-    from mla_study.world.text import CaptionEncoder
 
     height, width = config.latent_size
     if height != width or config.codec_stride != (1, PATCH, PATCH):
@@ -197,8 +84,7 @@ def world_data(config: ModelConfig, seed: int, captions_only: bool = False) -> W
             f"{config.codec_stride}, but the world is square and its codec's is (1, 4, 4): give "
             "--data a folder of videos"
         )
-    codec = world_codec(width)
-    return WorldData(codec.world, codec, CaptionEncoder.of(config), seed, captions_only)
+    return world_codec(width)
 
 
 def open_data(
@@ -211,54 +97,114 @@ def open_data(
     wan: Path | None = None,
     device: str = "cpu",
     say: Callable[[str], object] = print,
+    captions_only: bool = False,
+    fps: float | None = None,
+    max_bad: float = 0.05,
+    cache: Path | None = None,
 ) -> Data:
-    """The data that a command line names: ``world``, a folder of videos, or a file of prompts.
+    """The data that a command line names.
 
     Args:
+        name: ``world``, a folder of videos, a file of prompts, or a folder with an LMDB.
         frames: latent frames of a clip.
         encode: text encoder; None: the world's for models that read captions of the world, else
             the one in ``wan``.
         wan: folder of Wan with the VAE and the text encoder.
+        captions_only: of the world, leave the clips out.
+        fps: at which videos are sampled; None: the model's.
+        max_bad: share of videos that may be of no use.
+        cache: folder for latents and text embeddings; None: ``.mla_study`` beside the data.
 
     Raises:
         UserError: there is nothing of that name, or it does not fit.
     """
     if name == "world":
-        return world_data(config, seed)
+        return world_data(config, seed, captions_only, frames)
     path = Path(name)
     if not path.exists():
-        raise UserError(f"--data {name}: give world, a folder of videos, or a file of prompts")
-    if (path.is_dir() and path.suffix == ".lmdb") or (path / "data.mdb").exists():
         raise UserError(
-            f"{name} is an LMDB of ODE pairs, which no objective here reads: give videos, or a "
-            "file of its prompts for distribution_matching"
+            f"--data {name} is not there: give world, a folder of videos, a file of prompts, or a "
+            "folder with an LMDB"
         )
-    told = encode or _text_encoder(config, wan, device, say)
-    if path.is_file():
-        return Prompts(read_prompts(path), told, seed)
     stride = config.codec_stride
-    pixels = 1 + (frames - 1) * stride[0]
-    size = (config.latent_size[0] * stride[1], config.latent_size[1] * stride[2])
+    cache = cache or (path if path.is_dir() else path.parent) / CACHE
+    told, check = (encode, None) if encode else _text_encoder(config, wan, device, cache, say)
+    if path.is_file():
+        prompts = read_prompts(path, check)
+        return Prompts(prompts, ready(told, prompts), seed)
+    if path.suffix == ".lmdb" or any(path.glob("**/data.mdb")):
+        shape = (config.in_channels, frames, *config.latent_size)
+        return OdePairs(path, told, shape, seed)
+    clips = read_folder(path, check)
+    height, width = config.latent_size
+    shot = Shot(
+        1 + (frames - 1) * stride[0], (height * stride[1], width * stride[2]), fps or config.fps
+    )
     make, facts = _clip_encoder(config, wan, device)
-    held = VideoFolder(read_folder(path), path, told, pixels, size, make, facts, seed, say=say)
+    told = ready(told, [clip.caption for clip in clips])
+    held = VideoFolder(clips, path, cache, told, shot, make, facts, seed, max_bad, say)
     held.prepare()
     return held
 
 
 def _text_encoder(
-    config: ModelConfig, wan: Path | None, device: str, say: Callable[[str], object]
-) -> Encoder:
-    from mla_study.rollout.setup import ModelChoice, choose_encoder
+    config: ModelConfig,
+    wan: Path | None,
+    device: str,
+    cache: Path,
+    say: Callable[[str], object],
+) -> tuple[Encoder, Check | None]:
+    """The encoder, and what refuses a caption that it cannot read."""
+    from mla_study.world.shipped import is_world
 
-    return choose_encoder(config, ModelChoice(device=device), wan, None, say)
+    if is_world(config):
+        from mla_study.world.grammar import parse_caption
+        from mla_study.world.text import CaptionEncoder
+
+        return CaptionEncoder.of(config), parse_caption
+    if config.text_dim != UMT5_WIDTH:
+        from mla_study.rollout.setup import ModelChoice, choose_encoder
+
+        return choose_encoder(config, ModelChoice(device=device), wan, None, say), None
+    if wan is None:
+        raise UserError(
+            "captions are embedded by Wan's text encoder: give --wan, a folder of Wan2.1 (11.4 GB)"
+        )
+    folder = wan
+
+    def make() -> Rows:
+        from mla_study.model.text import load_text_encoder
+
+        encoder = load_text_encoder(folder, device=device, text_len=config.text_len)
+
+        def rows(prompts: Sequence[str]) -> list[Tensor]:
+            made = encoder.rows(prompts)
+            while encoder.notes:
+                say(encoder.notes.pop())
+            return made
+
+        return rows
+
+    from mla_study.model.text import needs_ftfy
+    from mla_study.model.wan_folder import TEXT_ENCODER, find
+
+    facts = {
+        "encoder": fingerprint(find(wan, TEXT_ENCODER)),
+        "text_len": config.text_len,
+        "ftfy": not needs_ftfy("é"),
+    }
+    return Texts(kept_in(cache, "texts", facts), config.text_len, make), None
 
 
 def _clip_encoder(
     config: ModelConfig, wan: Path | None, device: str
 ) -> tuple[Callable[[], ClipEncoder], dict[str, Any]]:
     if config.codec_stride[0] == 1:
-        data = world_data(config, 0)
-        return lambda: data.codec.encode, {"codec": "world", "seed": data.codec.seed}
+        codec = _world_codec(config)
+        digest = hashlib.sha256(repr(codec.scale).encode())
+        for tensor in (codec.basis, codec.mean):
+            digest.update(tensor.numpy().tobytes())
+        return lambda: codec.encode, {"codec": "world", "sha256": digest.hexdigest()}
     if wan is None:
         raise UserError("videos are encoded by Wan's VAE: give --wan, a folder of Wan2.1 (508 MB)")
     folder = wan
@@ -267,6 +213,8 @@ def _clip_encoder(
         from mla_study.model.codecs import encode_video, load_vae
 
         vae = load_vae(folder, device=device)
-        return lambda pixels: encode_video(vae, pixels).cpu()
+        return lambda pixels: encode_video(vae, pixels)
 
-    return make, {"codec": "wan"}
+    from mla_study.model.wan_folder import VAE, find
+
+    return make, {"codec": "wan", "sha256": fingerprint(find(wan, VAE))}

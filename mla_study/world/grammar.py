@@ -95,6 +95,7 @@ def caption_of(caption: Caption) -> str:
     )
 
 
+@functools.lru_cache(maxsize=8192)
 def parse_caption(text: str) -> Caption:
     """The facts of a caption; case, spaces and a full stop at the end do not matter.
 
