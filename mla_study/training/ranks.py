@@ -57,11 +57,19 @@ class Ranks:
         return range(self.rank * each, (self.rank + 1) * each)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The average over ranks of a tensor [n] (NaN anywhere stays)."""
+        """The average over ranks of a tensor [n], in place (NaN anywhere stays)."""
         if self.count > 1:
             dist.all_reduce(values)
             values /= self.count
         return values
+
+    def which(self, flag: bool) -> list[int]:
+        """The ranks whose flag is set; all ranks ask together."""
+        flags = torch.zeros(self.count, device=self.device)
+        flags[self.rank] = float(flag)
+        if self.count > 1:
+            dist.all_reduce(flags)
+        return [rank for rank, value in enumerate(flags.tolist()) if value]
 
     def wait(self) -> None:
         """Until every rank is here."""
