@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -288,7 +288,7 @@ def mini_study(teacher: Node) -> Plan:
     return Plan(nodes)
 
 
-def full_study(teacher: Node, seeds: Iterable[int] = SEEDS) -> Plan:
+def full_study(teacher: Node, seeds: Sequence[int] = SEEDS, swept: Sequence[int] = SEEDS) -> Plan:
     """All inits, the sweeps of d_c and of the split, long rollouts, ablations and controls."""
     nodes = [teacher]
     for seed in seeds:
@@ -302,12 +302,11 @@ def full_study(teacher: Node, seeds: Iterable[int] = SEEDS) -> Plan:
                 nodes += ablations(
                     last, seed, 64, ("absolute", "no-sink") if init is None else None
                 )
-    for seed in seeds:
+    for seed in swept:
         for d_c in D_C:
             nodes += student(Variant("activation", d_c, seed=seed), Sizes(256, 0))
         for d_rope in ROPES:
             nodes += student(Variant("activation", d_rope=d_rope, seed=seed), Sizes(256, 0))
-        nodes += student(Variant("untrained", seed=seed), Sizes(64, 0), ("dmd",))
         long = stages("mini")["teacher_forcing"].steps * LONG
         nodes += student(Variant("random", seed=seed, tf_steps=long), Sizes(256, 0))
     return Plan(nodes)

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,14 @@ class Store:
     Attributes:
         teacher, codec: the shipped files.
         workers: processes at a time.
+        command: starts one; it reads its task from standard input.
     """
 
     folder: Path
     codec: Path
     teacher: Path | None = None
     workers: int = 2
+    command: Sequence[str] = (sys.executable, "-m", "mla_study.miniature.work")
     _running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def place(self, plan: Plan, name: str) -> Path:
@@ -119,7 +121,7 @@ class Store:
         # in a group of its own: Ctrl-C reaches us alone, and we end the workers
         with (folder / SAID).open("wb") as said:
             process = subprocess.Popen(
-                [sys.executable, "-m", "mla_study.miniature.work"],
+                list(self.command),
                 stdin=subprocess.PIPE,
                 stdout=said,
                 stderr=subprocess.STDOUT,

@@ -130,7 +130,7 @@ def test_no_space_leaves_the_last_good_checkpoint(
         save(state, checkpoint_id=checkpoint_id, no_dist=no_dist)
 
     monkeypatch.setattr(checkpoint.state_dict_saver, "save", full)
-    with pytest.raises(UserError, match="step 2 cannot be saved.*No space.*step-00000001 stays"):
+    with pytest.raises(UserError, match=r"step 2 cannot be saved.*No space.*step-00000001 stays"):
         Trainer(run, ALONE, progress=False).train()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     monkeypatch.undo()
@@ -141,10 +141,11 @@ def test_no_space_leaves_the_last_good_checkpoint(
 
 def test_another_run_is_refused_by_its_differences(tmp_path: Path) -> None:
     trained(run_of("teacher_forcing", tmp_path, steps=1))
+    other = stage("teacher_forcing", steps=1, batch=2)
+    other = replace(other, optimiser=replace(other.optimiser, lr=1e-3))
+    run = Run(other, tmp_path, fresh_model(LATENT, 1), Clips(), fresh_model(LATENT, 2))
     with pytest.raises(UserError, match=r"stage\.batch: was 4, is 2; stage\.optimiser\.lr: was"):
-        other = stage("teacher_forcing", steps=1, batch=2)
-        other = replace(other, optimiser=replace(other.optimiser, lr=1e-3))
-        trained(Run(other, tmp_path, fresh_model(LATENT, 1), Clips(), fresh_model(LATENT, 2)))
+        trained(run)
     assert differences({"a": {"b": 1}}, {"a": {"b": 1}, "c": 2}) == ["c: was None, is 2"]
 
 
@@ -154,7 +155,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     newest = tmp_path / "checkpoints" / "step-00000002"
     (newest / ".metadata").write_bytes(b"junk")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="step-00000002 cannot be read.*from the one before"):
+    with pytest.raises(UserError, match=r"step-00000002 cannot be read.*from the one before"):
         trained(run)
 
 

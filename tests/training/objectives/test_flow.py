@@ -7,9 +7,8 @@ import torch
 from training.gaussians import latents
 
 from mla_study.errors import UserError
-from mla_study.training.batch import Draws
 from mla_study.training.flow import flow_matching_loss, loss_weights
-from mla_study.training.objectives.flow import dropped, teacher_loss, teacher_timesteps
+from mla_study.training.objectives.flow import teacher_loss, teacher_timesteps
 
 
 def drawn() -> torch.Generator:
@@ -27,21 +26,6 @@ def test_a_share_of_samples_has_a_timestep_a_frame() -> None:
     assert share == pytest.approx(0.35, abs=0.04)
     with pytest.raises(UserError, match=r"1\.5"):
         teacher_timesteps(1, 1, 3.0, drawn(), 1.5)
-
-
-def test_a_share_of_captions_is_dropped_whole(seed: int) -> None:
-    context, null = torch.randn(3000, 2, 3), torch.full((1, 2, 3), 7.0)
-
-    def kept(share: float) -> torch.Tensor:
-        return dropped(context, null, share, Draws(seed, range(3000), 0))
-
-    gone = (kept(0.1) == 7).all(dim=(1, 2))
-    assert torch.equal(kept(0.1)[~gone], context[~gone])
-    assert gone.double().mean() == pytest.approx(0.1, abs=0.03)
-    assert torch.equal(kept(0.0), context)
-    assert bool((kept(1.0) == 7).all())
-    with pytest.raises(UserError, match="drop is 2"):
-        kept(2)
 
 
 def test_the_loss_is_plain_unless_weighted() -> None:
