@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +180,13 @@ class VideoFolder:
         return {"kind": "videos", "seed": self.seed, **facts, "encoder": dict(self.made_by)}
 
 
-def world_data(config: ModelConfig, seed: int, captions_only: bool = False) -> WorldData:
+def world_data(
+    config: ModelConfig, seed: int, frames: int | None = None, captions_only: bool = False
+) -> WorldData:
     """Clips of the world at a model's size, coded by the shipped codec where it fits.
+
+    Args:
+        frames: of a clip; None: as the world has them.
 
     Raises:
         UserError: a model that does not read the world's captions or latents.
@@ -198,7 +203,8 @@ def world_data(config: ModelConfig, seed: int, captions_only: bool = False) -> W
             "--data a folder of videos"
         )
     codec = world_codec(width)
-    return WorldData(codec.world, codec, CaptionEncoder.of(config), seed, captions_only)
+    world = codec.world if frames is None else replace(codec.world, frames=frames)
+    return WorldData(world, codec, CaptionEncoder.of(config), seed, captions_only)
 
 
 def open_data(
@@ -224,7 +230,7 @@ def open_data(
         UserError: there is nothing of that name, or it does not fit.
     """
     if name == "world":
-        return world_data(config, seed)
+        return world_data(config, seed, frames)
     path = Path(name)
     if not path.exists():
         raise UserError(f"--data {name}: give world, a folder of videos, or a file of prompts")

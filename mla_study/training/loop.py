@@ -26,6 +26,7 @@ from mla_study.model.attention import LatentSelfAttention
 from mla_study.model.transformer import WanTransformer
 from mla_study.training.batch import Data, Draws
 from mla_study.training.checkpoint import Checkpoints, whole_state
+from mla_study.training.fit import require_fit
 from mla_study.training.objective import Objective, Role, Roles, make_objective
 from mla_study.training.optimisers import make_optimisers, set_rates
 from mla_study.training.ranks import Ranks, accumulating
@@ -88,7 +89,9 @@ class Trainer:
         self.run, self.ranks, self.stage = run, ranks, run.stage
         self.objective = run.objective()
         self.turns = self.objective.turns()
-        self._require_fit()
+        ranks.share(self.stage.batch)
+        teacher = None if run.teacher is None else run.teacher.config
+        require_fit(run.stage, self.objective, run.start.config, teacher, run.data)
         self.progress = progress
         self.log: list[Record] = []
         self.step = 0
@@ -99,37 +102,6 @@ class Trainer:
         }
         kept = {r: m for r, m in self.roles.named().items() if r != "teacher"}
         self.checkpoints = Checkpoints(run.out, kept, self.optimisers, ranks)
-
-    def _require_fit(self) -> None:
-        run, stage, config = self.run, self.stage, self.run.start.config
-        self.ranks.share(stage.batch)
-        other = config if run.teacher is None else run.teacher.config
-        for name in ("in_channels", "out_channels", "latent_size", "patch", "text_dim", "text_len"):
-            if getattr(other, name) != getattr(config, name):
-                raise UserError(
-                    f"the teacher's {name} is {getattr(other, name)}, but the generator's is "
-                    f"{getattr(config, name)}: give a teacher of the same latents and text"
-                )
-        first = run.data.batch([0])
-        if first.context.shape[2] != config.text_dim:
-            raise UserError(
-                f"the data's text has {first.context.shape[2]} channels, but model "
-                f"'{config.name}' reads {config.text_dim}: give its own text encoder"
-            )
-        if not self.objective.needs_latents:
-            return
-        if first.latents is None:
-            raise UserError(
-                f"{stage.objective} learns from videos, but the data are prompts alone: "
-                "give world or a folder of videos"
-            )
-        found = tuple(first.latents.shape[1:])
-        wanted = (config.in_channels, stage.frames, *config.latent_size)
-        if found != wanted:
-            raise UserError(
-                f"the data's clips are {found}, but stage and model '{config.name}' take {wanted} "
-                "(channels, frames, height, width of latents): set frames, or give other data"
-            )
 
     def _optimiser(self, role: Role) -> Optimiser:
         critic = self.stage.critic if role == "fake_score" else None

@@ -142,5 +142,7 @@ def _from_file(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{path} cannot be run ({type(error).__name__}: {error}): mend it") from None
+        raise UserError(
+            f"{path} cannot be run ({type(error).__name__}: {error}): mend it"
+        ) from None
     return module

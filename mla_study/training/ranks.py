@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,7 +136,10 @@ def ranks(device: str, precision: Precision) -> Generator[Ranks, None, None]:
         else:
             dist.init_process_group(backend)
     try:
-        yield Ranks(rank, count, place, sharded)
+        with warnings.catch_warnings():
+            # what a module returns is written to by nobody here
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+            yield Ranks(rank, count, place, sharded)
     finally:
         if joined:
             dist.destroy_process_group()
