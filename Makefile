@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything runs in .venv, which the first call builds.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup figures data study study-full test lint lab bench bench-probe bench-model bench-gpu clean
+.PHONY: help setup figures data study study-full test lint lab bench bench-probe bench-model bench-train bench-gpu clean
 BIN := .venv/bin
 
 # One BLAS thread a process: several processes share the cores, threads on top only wait.
@@ -48,6 +48,9 @@ bench-probe: setup ## compare rank-probe's speed with its floor and with WeightW
 
 bench-model: setup ## measure the model against diffusers and dense masks, its memory and long rollouts
 	@$(BIN)/mla-study bench-model $(ARGS)
+
+bench-train: setup ## measure training: latent/dense, DMD, tracker, rendering, two processes (ARGS=--quick)
+	@$(BIN)/mla-study bench train $(ARGS)
 
 bench: setup ## measure the efficiency study on this CPU anew (half an hour, one thread)
 	@$(BIN)/mla-study calibrate

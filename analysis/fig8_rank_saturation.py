@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
+from analysis.miniature import usual
 from mla_study.errors import UserError
 from mla_study.probes.rank_probe import Options
 from mla_study.probes.series import named_series, parse_series, probe_series
@@ -176,6 +177,8 @@ def draw(
     else:
         found = read_result(ROOT / DATA[0])
         table, validity, run_hash = found.table, found.validity, found.run_hash
+        if "d_rope" in table:  # other splits and lengths are runs of the same init, seed and d_c
+            table = usual(table, None)
     rows = round_significant(chosen(table, d_c, variant, gauge, bool(series)))
     quoted = pd.read_csv(ROOT / DATA[1])
     what = ", ".join(dict.fromkeys(rows["init"])) if series else "the miniature"

@@ -52,19 +52,60 @@ class BenchBatch:
         return bench_batch(self.write, self.measure)
 
 
+@dataclass(frozen=True)
+class BenchTrain:
+    """Training: latent against dense, DMD, the rank tracker, rendering, two processes at once.
+
+    The small preset against the rate of matrix products, where there is a GPU.
+
+    Example: mla-study bench train --quick
+    """
+
+    quick: bool = False
+    """Few repeats, to try it; nothing is written."""
+    write: bool = True
+    """Write results/data/bench_train."""
+
+    def run(self) -> int:
+        """Run the benchmark."""
+        from mla_study.evaluation.bench_train import bench_train
+
+        return bench_train(self.quick, self.write)
+
+
+@dataclass(frozen=True)
+class TrainMemory:
+    """Memory a rank and time of the three stages of Wan 1.3B on 8 GPUs, counted on no GPU.
+
+    Writes results/data/train_plan. Other stages, ranks and cards: mla-study train --dry-run.
+
+    Example: mla-study bench train-memory
+    """
+
+    def run(self) -> int:
+        """Count, print and write."""
+        from mla_study.evaluation.efficiency.train_plan import write_plans
+        from mla_study.evaluation.goals import say
+
+        say("bench", f"wrote {write_plans()}")
+        return 0
+
+
 BenchCommand = (
     Annotated[BenchAttention, tyro.conf.subcommand("attention")]
     | Annotated[Step, tyro.conf.subcommand("step")]
     | Annotated[RolloutBench, tyro.conf.subcommand("rollout")]
     | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
     | Annotated[BenchBatch, tyro.conf.subcommand("batch")]
+    | Annotated[BenchTrain, tyro.conf.subcommand("train")]
+    | Annotated[TrainMemory, tyro.conf.subcommand("train-memory")]
     | Annotated[Gpu, tyro.conf.subcommand("gpu")]
 )
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure: a layer of attention, a pass, a rollout, memory, memory against batch, all on a GPU.
+    """Measure: a layer of attention, a pass, a rollout, memory, training, all on a GPU.
 
     Example: mla-study bench memory --no-measure --no-write
     """

@@ -1,4 +1,4 @@
-"""Tidy tables of a finished plan: scores, drift, curves, ranks and what the conversions measured.
+"""Tidy tables of a finished plan: scores, drift, curves, ranks, spectra, errors of conversions.
 
 Every table begins with the columns that describe a node (run, variant, init, d_c, d_rope, seed,
 stage); ``step`` counts on through a student's stages.
@@ -14,6 +14,7 @@ import numpy as np
 
 from mla_study.errors import UserError
 from mla_study.miniature.plan import Node, Plan
+from mla_study.miniature.spectra import spectra
 from mla_study.miniature.store import Store
 from mla_study.study.runs import file_sha256, round_significant, write_result
 
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ABOUT = ("run", "variant", "init", "d_c", "d_rope", "seed", "stage")
-TABLES = ("scores", "drift", "curves", "ranks", "conversion")
+TABLES = ("scores", "drift", "curves", "ranks", "conversion", "spectra")
 UNITS = {
     "value": "shares of videos, IoU (1), pixels a frame (velocity_error), pixels (phase_error); "
     "ranks and losses without unit",
     "se": "standard error over videos",
+    "sigma": "singular value, in the weights' own scale",
     "second": "seconds of video at the window's middle",
     "step": "generator updates since the conversion",
 }
@@ -60,6 +62,7 @@ def tables(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
     made = {name: pd.DataFrame(rows[name]) for name in ("scores", "drift")}
     for name in ("curves", "ranks", "conversion"):
         made[name] = pd.concat(rows[name], ignore_index=True) if rows[name] else pd.DataFrame()
+    made["spectra"] = spectra(plan, store)
     return {name: round_significant(frame) for name, frame in made.items()}
 
 

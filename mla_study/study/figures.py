@@ -68,13 +68,14 @@ def run_figures(
 ) -> int:
     """Draw the figures whose code, data, parameters or outputs changed since they were drawn.
 
-    :param figs: ids or their beginnings (``fig1``); none means all.
+    :param figs: ids or their beginnings (``fig1``); none means all whose data are there.
     :param force: draw even what is up to date.
     :param params: notebook parameters, as text or typed; each must be known to a chosen figure.
     :param jobs: notebooks run at a time.
     :param list_only: print id, state, class and title of each, and draw nothing.
     :return: 0, or 2 where a figure met bad input, 1 where one failed otherwise, 130 interrupted.
-    :raises UserError: unknown figure or parameter, missing data; before anything runs.
+    :raises UserError: unknown figure or parameter, or a named one whose data are missing;
+        before anything runs.
     """
     project = project or Project.find()
     chosen = select(discover(project), figs)
@@ -84,6 +85,12 @@ def run_figures(
         project = Project(project.root, Path(str(given.pop(OUT_DIR))).resolve())
     if list_only:
         return _list(chosen, project, given)
+    if not figs:
+        reasons = {figure.id: staleness.absent(figure, project) for figure in chosen}
+        for name, reason in reasons.items():
+            if reason:
+                _print(f"  {name}: skipped, as it is drawn from {reason}")
+        chosen = [figure for figure in chosen if not reasons[figure.id]]
     with _locked(project):
         cache = staleness.HashCache(project.figures / STAMPS / "inputs.json")
         looked = [_look(figure, project, given, cache, force) for figure in chosen]

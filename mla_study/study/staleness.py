@@ -69,6 +69,8 @@ def key_parts(
 
     :raises UserError: data or an input is missing.
     """
+    if reason := absent(figure, project):
+        raise UserError(f"{figure.id} is drawn from {reason}.")
     versions = {name: importlib.metadata.version(name) for name in ("matplotlib", "numpy")}
     return {
         "notebook": _hash(notebook_cells(figure.notebook)),
@@ -141,12 +143,17 @@ def _hash(value: object) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def absent(figure: Figure, project: Project) -> str:
+    """Why a figure's data are not there and how they are made, or '' where all of them are."""
+    for path in (project.root / name for name in figure.data):
+        if not path.exists():
+            study = path.name.startswith("study_")
+            how = "study-full" if study else f"data FIG={figure.id}"
+            return f"{path}, which is not there: restore it, or measure it by `make {how}`"
+    return ""
+
+
 def _data_hash(path: Path, figure: Figure) -> dict[str, str]:
-    if not path.exists():
-        raise UserError(
-            f"{figure.id} is drawn from {path}, which is not there: restore it, or measure it by "
-            f"`make data FIG={figure.id}`."
-        )
     return {
         relative: _run_identity(file) if file.name == RUN_FILE else file_sha256(file)
         for relative, file in _files(path)

@@ -62,11 +62,8 @@ class Run:
     inputs: Mapping[str, str] = field(default_factory=dict)
 
     def objective(self) -> Objective:
-        """The objective; one that rolls out gets the stage's number of frames."""
-        made = make_objective(self.stage.objective, self.stage.options)
-        if "frames" in made.__dataclass_fields__ and "frames" not in self.stage.options:
-            made = replace(made, frames=self.stage.frames)  # type: ignore[call-arg]
-        return made
+        """What the stage minimises."""
+        return objective_of(self.stage)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for an interrupted run to go on."""
@@ -80,6 +77,21 @@ class Run:
             "data": self.data.facts(),
             "inputs": dict(self.inputs),
         }
+
+
+def objective_of(stage: Stage) -> Objective:
+    """A stage's objective; one that rolls out gets the stage's number of frames."""
+    made = make_objective(stage.objective, stage.options)
+    if "frames" in made.__dataclass_fields__ and "frames" not in stage.options:
+        made = replace(made, frames=stage.frames)  # type: ignore[call-arg]
+    return made
+
+
+def roles_of(stage: Stage, objective: Objective) -> tuple[Role, ...]:
+    """The models of a stage: generator, what the objective names, and an average where asked."""
+    needed = objective.roles
+    average: tuple[Role, ...] = ("ema",) if stage.ema and "ema" not in needed else ()
+    return ("generator", *needed, *average)
 
 
 class Trainer:
@@ -109,12 +121,9 @@ class Trainer:
 
     def _make_roles(self) -> Roles:
         run, stage = self.run, self.stage
-        needed = self.objective.roles
-        if stage.ema and "ema" not in needed:
-            needed = (*needed, "ema")
         teacher = run.teacher or run.start
         made: dict[str, WanTransformer] = {}
-        for role in ("generator", *needed):
+        for role in roles_of(stage, self.objective):
             source = teacher if role in ("teacher", "fake_score") else run.start
             model = copy.deepcopy(source).to(self.ranks.device, torch.float32)
             model.train().requires_grad_(role in ("generator", "fake_score"))

@@ -155,6 +155,22 @@ def test_list_tells_class_state_and_reason(checkout: Checkout) -> None:
     assert "A line" in tenth
 
 
+def test_missing_data_stop_a_named_figure_and_are_skipped_among_all(checkout: Checkout) -> None:
+    checkout.add("fig1_line")
+    checkout.add("fig2_line", module=MODULE.replace("data/line", "data/absent"))
+    checkout.add("fig3_line", module=MODULE.replace("data/line", "data/study_scores"))
+    code, _, err = checkout.run()
+    assert code == 0, err
+    told = [line for line in err.splitlines() if "skipped" in line]
+    assert len(told) == 2
+    assert "fig2_line" in told[0] and "`make data FIG=fig2_line`" in told[0]
+    assert "fig3_line" in told[1] and "`make study-full`" in told[1]
+    assert set(drawn(checkout)) == {f"fig1_line.{suffix}" for suffix in ("pdf", "png", "svg")}
+    code, _, err = checkout.run("run_figures(['fig3'])")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "`make study-full`" in err
+
+
 def test_data_measures_and_makes_the_figure_stale(checkout: Checkout) -> None:
     measure = "\n\ndef measure(data):\n    (data / 'line' / 'table.csv').write_text('x\\n2\\n')\n"
     checkout.add("fig1_line", module=MODULE + measure)
