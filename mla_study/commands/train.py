@@ -39,7 +39,8 @@ class Train:
     """Weights of the generator: any checkpoint, or shipped:dense, shipped:latent, shipped:teacher;
     flow alone begins from nothing without it."""
     teacher: str | None = None
-    """Frozen weights that consistency and distribution_matching learn from (default: --start)."""
+    """Frozen weights that consistency (chunk-causal) and distribution_matching (bidirectional)
+    learn from."""
     data: str = "world"
     """world, a folder of videos with captions, or a file of prompts."""
     wan: Path | None = None
@@ -84,38 +85,53 @@ class Train:
         return 0
 
     def _trained(self, stage: Stage) -> int:
+        from mla_study.config import preset
+        from mla_study.training.data import open_data
         from mla_study.training.loop import Run, Trainer
         from mla_study.training.ranks import ranks
+        from mla_study.training.start import fresh_model
 
+        inputs = self._checked(stage)
         with ranks(self.device, stage.precision) as here:
-            inputs: dict[str, str] = {}
             start = self._model("start", self.start, inputs)
-            if start is None and stage.objective != "flow":
-                raise UserError(
-                    f"{stage.objective} needs weights to begin from: give --start, a checkpoint or "
-                    "shipped:dense (and mla-study latentize for a latent one)"
-                )
             if start is None:
-                from mla_study.config import preset
-                from mla_study.training.start import fresh_model
-
                 start = fresh_model(preset(self.preset), stage.seed)
             teacher = self._model("teacher", self.teacher, inputs)
-            from mla_study.training.data import open_data
-
             data = open_data(
                 self.data, start.config, stage.seed, frames=stage.frames, wan=self.wan,
-                device=self.device, say=_say,
+                device=self.device, say=_say if here.first else _silent,
             )  # fmt: skip
             trainer = Trainer(Run(stage, self.out, start, data, teacher, inputs=inputs), here)
             try:
                 path = trainer.train()
             except KeyboardInterrupt:
-                _say(f"interrupted after step {trainer.step}: the same command goes on")
+                if here.first:
+                    latest = trainer.checkpoints.latest()
+                    kept = "there is no checkpoint yet" if latest is None else f"{latest} stays"
+                    _say(f"interrupted after step {trainer.step}; {kept}; the same command goes on")
                 return _EXIT_INTERRUPTED
             if here.first:
                 print(path)
         return 0
+
+    def _checked(self, stage: Stage) -> dict[str, str]:
+        """What the objective needs is named; the hash of one's own file, before any weights."""
+        from mla_study.study.runs import file_sha256
+        from mla_study.training.objective import make_objective
+
+        objective = make_objective(stage.objective, stage.options)
+        if self.start is None and stage.objective != "flow":
+            raise UserError(
+                f"{stage.objective} needs weights to begin from: give --start, a checkpoint or "
+                "shipped:dense (and mla-study latentize for a latent one)"
+            )
+        if self.teacher is None and {"teacher", "fake_score"} & set(objective.roles):
+            raise UserError(
+                f"{stage.objective} learns from a teacher: give --teacher, a checkpoint or "
+                "shipped:teacher"
+            )
+        own = Path(stage.objective)
+        return {"objective": file_sha256(own)} if own.suffix == ".py" else {}
 
     def _model(self, role: str, name: str | None, inputs: dict[str, str]) -> WanTransformer | None:
         if name is None:
@@ -140,6 +156,10 @@ def _digest(model: WanTransformer) -> str:
         made.update(name.encode())
         made.update(value.contiguous().numpy().tobytes())
     return made.hexdigest()
+
+
+def _silent(sentence: str) -> None:
+    """What ranks after the first say."""
 
 
 def _say(sentence: str) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ FOLDER = "checkpoints"
 LOG = "log.json"
 KEPT = 2
 _UNFINISHED = ".tmp"
+_INDEX = ".metadata"
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,12 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest complete one."""
+        return max(self._complete(), default=None)
+
+    def _complete(self) -> list[Path]:
+        """Finished ones, oldest first: their index and their log were written last."""
         found = [p for p in self.folder.glob("step-*") if p.suffix != _UNFINISHED]
-        return max(found, default=None)
+        return sorted(p for p in found if (p / _INDEX).exists() and (p / LOG).exists())
 
     def _state(self) -> dict[str, Any]:
         options = StateDictOptions(cpu_offload=False)
@@ -82,13 +89,15 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             self.ranks.wait()
-            state_dict_saver.save(
-                self._state(), checkpoint_id=partial, no_dist=self.ranks.count == 1
-            )
+            with _alone_is_meant():
+                state_dict_saver.save(
+                    self._state(), checkpoint_id=partial, no_dist=self.ranks.count == 1
+                )
             if self.ranks.first:
                 (partial / LOG).write_text(json.dumps(list(log)))
-                if not final.exists():
-                    partial.rename(final)
+                # what stands there and was not gone on from is incomplete
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
                 self._prune()
         except (OSError, CheckpointException) as error:
             if self.ranks.first:
@@ -105,8 +114,7 @@ class Checkpoints:
         return "nothing before it" if latest is None else latest.name
 
     def _prune(self) -> None:
-        done = sorted(p for p in self.folder.glob("step-*") if p.suffix != _UNFINISHED)
-        for old in done[:-KEPT]:
+        for old in self._complete()[:-KEPT]:
             shutil.rmtree(old)
         for left in self.folder.glob(f"step-*{_UNFINISHED}"):
             shutil.rmtree(left)
@@ -119,7 +127,8 @@ class Checkpoints:
         """
         state = self._state()
         try:
-            state_dict_loader.load(state, checkpoint_id=path, no_dist=self.ranks.count == 1)
+            with _alone_is_meant():
+                state_dict_loader.load(state, checkpoint_id=path, no_dist=self.ranks.count == 1)
             log = json.loads((path / LOG).read_text())
         except (Exception, CheckpointException) as error:
             raise UserError(
@@ -133,6 +142,13 @@ class Checkpoints:
                     model, list(self.optimisers[role]), state[f"{role}.optimiser"]
                 )
         return int(path.name.removeprefix("step-")), log
+
+
+@contextmanager
+def _alone_is_meant() -> Generator[None, None, None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _reason(error: BaseException) -> str:

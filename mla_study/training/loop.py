@@ -22,9 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from mla_study.config import ModelConfig, to_dict
 from mla_study.errors import UserError
+from mla_study.model.attention import LatentSelfAttention
 from mla_study.model.transformer import WanTransformer
 from mla_study.training.batch import Data, Draws
 from mla_study.training.checkpoint import Checkpoints, whole_state
+from mla_study.training.fit import require_fit
 from mla_study.training.objective import Objective, Role, Roles, make_objective
 from mla_study.training.optimisers import make_optimisers, set_rates
 from mla_study.training.ranks import Ranks, accumulating
@@ -99,6 +101,9 @@ class Trainer:
         self.run, self.ranks, self.stage = run, ranks, run.stage
         self.objective = run.objective()
         self.turns = self.objective.turns()
+        ranks.share(self.stage.batch)
+        teacher = None if run.teacher is None else run.teacher.config
+        require_fit(run.stage, self.objective, run.start.config, teacher, run.data)
         self.progress = progress
         self.log: list[Record] = []
         self.step = 0
@@ -124,8 +129,7 @@ class Trainer:
             model.train().requires_grad_(role in ("generator", "fake_score"))
             model.recompute = stage.recompute
             if stage.compile:
-                for block in model.blocks:
-                    block.compile()
+                compile_blocks(model)
             self.ranks.shard(model, stage.precision)
             made[role] = model
         null = self.run.data.null.to(self.ranks.device)
@@ -215,9 +219,10 @@ class Trainer:
             for name, value in found.items():
                 terms[name] = terms.get(name, 0) + weight * value.detach().float()
         norm = _clip(model, chosen.clip)
-        values = self.ranks.mean(torch.stack([*terms.values(), norm]))
+        own = torch.stack([*terms.values(), norm])
+        values = self.ranks.mean(own.clone())
         held = dict(zip([*terms, "gradient_norm"], values.tolist(), strict=True))
-        self._require_finite(held, role)
+        self._require_finite(held, role, own[:-1])
         of_role = self.turns.count(role)
         update = self.step * of_role + self.turns[:turn].count(role)
         factor = chosen.factor(update, stage.steps * of_role)
@@ -227,13 +232,16 @@ class Trainer:
             optimiser.zero_grad(set_to_none=True)
         return held
 
-    def _require_finite(self, found: Mapping[str, float], role: Role) -> None:
+    def _require_finite(self, found: Mapping[str, float], role: Role, own: Tensor) -> None:
         bad = [name for name, value in found.items() if not math.isfinite(value)]
         if bad:
+            # the mean is NaN everywhere; a bad gradient alone is nobody's
+            where = self.ranks.which(not bool(own.isfinite().all())) or range(self.ranks.count)
+            guilty = ", ".join(map(str, where))
             latest = self.checkpoints.latest()
             good = "there is no checkpoint yet" if latest is None else f"{latest} is the last good"
             raise UserError(
-                f"{self.stage.objective}, step {self.step + 1}, rank {self.ranks.rank}: the "
+                f"{self.stage.objective}, step {self.step + 1}, rank {guilty}: the "
                 f"{role}'s {' and '.join(bad)} became NaN or infinite; {good}: lower the learning "
                 "rate, or look at the data of this step"
             )
@@ -288,14 +296,11 @@ class Trainer:
         from mla_study.checkpoints.wan.save import save_model
         from mla_study.study.runs import run_record
 
-        # the export is atomic by itself
-        config: ModelConfig = self.result.config
-        save_model(state, target, "latent", config=config, overwrite=True)
         record = run_record(
             config=self.run.identity(),
             inputs=dict(self.run.inputs),
             seed=self.stage.seed,
-            modules=("mla_study.training.loop",),
+            modules=("mla_study.training.loop", *self._objective_module()),
             provenance="measured",
             validity="full",
             observed={"ranks": self.ranks.count, "device": str(self.ranks.device)},
@@ -303,6 +308,13 @@ class Trainer:
         from mla_study.study.runs import atomic_write
 
         atomic_write(self.run.out / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+        # the last thing, which says that the run is done; atomic by itself
+        config: ModelConfig = self.result.config
+        save_model(state, target, "latent", config=config, overwrite=True)
+
+    def _objective_module(self) -> tuple[str, ...]:
+        name = type(self.objective).__module__
+        return (name,) if name.startswith("mla_study.") else ()
 
     def _bar(self) -> Any:
         if not (self.progress and self.ranks.first):
@@ -325,18 +337,28 @@ class _Board:
             return
         self.writer = SummaryWriter(str(folder), purge_step=step or None)
 
-    def add(self, rows: Iterable[Record], seconds: float) -> None:
+    def add(self, rows: Sequence[Record], seconds: float) -> None:
         """Rows of a step, and its speed."""
         if self.writer is None:
             return
         for row in rows:
             self.writer.add_scalar(row["name"], row["value"], row["step"])
-            self.writer.add_scalar("steps_per_second", 1 / seconds, row["step"])
+        self.writer.add_scalar("steps_per_second", 1 / seconds, rows[-1]["step"])
 
     def close(self) -> None:
         """Write what is left."""
         if self.writer is not None:
             self.writer.close()
+
+
+def compile_blocks(model: WanTransformer) -> None:
+    """Compile a model's blocks, in place."""
+    for block in model.blocks:
+        attention = block.self_attn
+        if isinstance(attention, LatentSelfAttention) and attention.form == "auto":
+            # the choice reads files of rates, which breaks the graph
+            attention.form = "reconstruct"
+        block.compile()
 
 
 def differences(theirs: object, mine: object, where: str = "") -> list[str]:

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -132,9 +133,16 @@ def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Objec
 
 
 def _from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"objective_file_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file with an objective")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # dataclasses look their annotations up there
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be run ({type(error).__name__}: {error}): mend it"
+        ) from None
     return module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,11 +58,19 @@ class Ranks:
         return range(self.rank * each, (self.rank + 1) * each)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The average over ranks of a tensor [n] (NaN anywhere stays)."""
+        """The average over ranks of a tensor [n], in place (NaN anywhere stays)."""
         if self.count > 1:
             dist.all_reduce(values)
             values /= self.count
         return values
+
+    def which(self, flag: bool) -> list[int]:
+        """The ranks whose flag is set; all ranks ask together."""
+        flags = torch.zeros(self.count, device=self.device)
+        flags[self.rank] = float(flag)
+        if self.count > 1:
+            dist.all_reduce(flags)
+        return [rank for rank, value in enumerate(flags.tolist()) if value]
 
     def wait(self) -> None:
         """Until every rank is here."""
@@ -127,7 +136,10 @@ def ranks(device: str, precision: Precision) -> Generator[Ranks, None, None]:
         else:
             dist.init_process_group(backend)
     try:
-        yield Ranks(rank, count, place, sharded)
+        with warnings.catch_warnings():
+            # what a module returns is written to by nobody here
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+            yield Ranks(rank, count, place, sharded)
     finally:
         if joined:
             dist.destroy_process_group()

@@ -19,7 +19,7 @@ from training.runs import LATENT, OBJECTIVES, Clips, furthest, run_of, stage, tr
 from mla_study.errors import UserError
 from mla_study.training import checkpoint
 from mla_study.training.batch import Batch, Draws
-from mla_study.training.loop import Run, Trainer, differences
+from mla_study.training.loop import Run, Trainer, compile_blocks, differences
 from mla_study.training.objective import Roles
 from mla_study.training.ranks import Ranks, ranks
 from mla_study.training.start import fresh_model
@@ -157,6 +157,23 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"step-00000002 cannot be read.*from the one before"):
         trained(run)
+
+
+def test_a_newest_without_its_log_or_index_is_none(tmp_path: Path) -> None:
+    run = run_of("teacher_forcing", tmp_path / "cut")
+    _, whole = trained(run)
+    newest = run.out / "checkpoints" / "step-00000003"
+    (newest / checkpoint.LOG).unlink()
+    (run.out / "model.safetensors").unlink()
+    _, resumed = trained(run)
+    assert furthest(whole, resumed) == 0
+    assert (newest / checkpoint.LOG).exists()
+
+
+def test_compiled_latent_blocks_have_one_form() -> None:
+    model = fresh_model(LATENT)
+    compile_blocks(model)  # nothing is compiled before the first pass
+    assert [block.self_attn.form for block in model.blocks] == ["reconstruct"] * 2
 
 
 def test_the_moving_average_is_that_of_the_updates(tmp_path: Path) -> None:

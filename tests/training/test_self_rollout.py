@@ -73,6 +73,35 @@ def test_gradients_flow_into_the_exit_step_alone(seed: int) -> None:
     assert not torch.allclose(weight.grad, found)
 
 
+def test_the_gradient_is_a_finite_difference_of_the_exit_pass(seed: int) -> None:
+    model = model_of(LATENT).double()
+    told, weight = context(1).double(), model.blocks[1].ffn[0].weight
+
+    def loss() -> Tensor:
+        made = SelfRollout(model, learnt_from=2).run(told, 4, 1, Draws(seed, [0], 0))
+        return made.square().sum()
+
+    loss().backward()
+    assert weight.grad is not None
+    forward = model.forward
+
+    def moved(by: float) -> float:
+        def passed(*a: object, **k: object) -> Tensor:
+            if not torch.is_grad_enabled():
+                return forward(*a, **k)  # type: ignore[arg-type]
+            with torch.no_grad():
+                weight[2, 3] += by
+                made = forward(*a, **k)  # type: ignore[arg-type]
+                weight[2, 3] -= by
+            return made
+
+        model.forward = passed  # type: ignore[method-assign]
+        return float(loss().detach())
+
+    slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    assert slope == pytest.approx(float(weight.grad[2, 3]), rel=1e-5, abs=1e-8)
+
+
 def test_one_exit_for_the_batch_and_steps_beyond_the_schedule(seed: int) -> None:
     drawn = {draw_exit(4, Draws(seed, [n], n)) for n in range(60)}
     assert drawn == {0, 1, 2, 3}
