@@ -85,7 +85,8 @@ class Generate:
     window: str | None = None
     """sink,history,chunk in latent frames (default: the model's)."""
     positions: Literal["absolute", "relative"] | None = None
-    """Temporal positions of keys (default: relative for latent attention, absolute for dense)."""
+    """Temporal positions of keys (default: relative for latent attention and the miniature,
+    absolute for dense Wan)."""
     storage: Literal["bf16", "fp16", "fp32", "fp64", "int8-channel", "int8-token"] | None = None
     """What the cache holds entries in (default: the model's dtype)."""
     dtype: Literal["bf16", "fp16", "fp32", "fp64"] | None = None
