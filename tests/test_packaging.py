@@ -135,13 +135,16 @@ def test_make_help_lists_every_target_with_one_line() -> None:
     assert all(len(line.split()) > 3 and len(line) < 110 for line in lines)
 
 
-def test_the_wheel_holds_the_package_and_its_style_only(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_package_its_style_and_its_models_only(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mla_study"}
     assert "mla_study/study/mla_study.mplstyle" in names
+    carried = {Path(name).name for name in names if name.startswith("mla_study/data/miniature/")}
+    models = {f"{name}.safetensors" for name in ("teacher", "dense", "latent", "codec")}
+    assert carried == {*models, "run.json"}
     assert not [name for name in names if "__pycache__" in name]
     scripts = next(name for name in names if name.endswith("entry_points.txt"))
     listed = zipfile.ZipFile(wheel).read(scripts).decode()

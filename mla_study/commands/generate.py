@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,11 +14,20 @@ import tyro
 from mla_study.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mla_study.config import ModelConfig
     from mla_study.model.transformer import WanTransformer
     from mla_study.rollout.setup import ModelChoice
+    from mla_study.world.serving import WorldDecoder
 
 _EXIT_INTERRUPTED = 130
 _DEFAULT_FRAMES = 21
+_OF_CLIPS = (
+    "prompts", "out", "checkpoint", "preset", "variant", "weights", "lora", "embeddings", "seed",
+    "fps", "batch", "dtype", "device", "threads", "upscale",
+)  # fmt: skip
+"""Options that suit clips whose frames are made at once."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +52,16 @@ class Generate:
     """A preset with random weights, to try shapes and speed."""
     preset: str | None = None
     """Model with --random-weights (default mini), or what a checkpoint without config is."""
-    variant: Literal["dense", "latent"] | None = None
-    """Self-attention of the miniature (default latent); of a checkpoint, a check."""
+    variant: Literal["teacher", "dense", "latent"] | None = None
+    """Which miniature (default latent), or with --random-weights which self-attention; of a
+    checkpoint, a check. The teacher makes clips of 12 frames at once, by many steps."""
     weights: str | None = None
     """Which dictionary of a PyTorch file, such as generator_ema."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An adapter to merge; may be repeated."""
     wan: Path | None = None
-    """Wan folder with the VAE and the text encoder (default: the checkpoint's own)."""
+    """Wan folder with the VAE and the text encoder (default: the checkpoint's own; the miniature
+    has the world's, or codec.safetensors beside its weights)."""
     embeddings: Path | None = None
     """Embeddings of the prompts, made by mla-study text encode, in place of the text encoder."""
     seed: int = 0
@@ -74,11 +85,12 @@ class Generate:
     window: str | None = None
     """sink,history,chunk in latent frames (default: the model's)."""
     positions: Literal["absolute", "relative"] | None = None
-    """Temporal positions of keys (default: relative for latent attention, absolute for dense)."""
+    """Temporal positions of keys (default: relative for latent attention and the miniature,
+    absolute for dense Wan)."""
     storage: Literal["bf16", "fp16", "fp32", "fp64", "int8-channel", "int8-token"] | None = None
     """What the cache holds entries in (default: the model's dtype)."""
     dtype: Literal["bf16", "fp16", "fp32", "fp64"] | None = None
-    """Of the weights (default: as stored)."""
+    """Of the weights (default: as stored, and fp32 for the miniature)."""
     device: str = "cpu"
     """cpu, cuda, cuda:1."""
     compile: bool = False
@@ -90,7 +102,8 @@ class Generate:
     threads: int | None = None
     """Threads of torch on the CPU (default: its own choice, and one for the miniature)."""
     upscale: int | None = None
-    """Pixels that a pixel of the miniature is shown as (default: at least 240 a side)."""
+    """Side of the square that a pixel of the miniature is shown as (default: the least that makes
+    240 pixels a side); 1 shows the pixels themselves."""
     resume: bool = False
     """Go on from the state saved beside --out; all else must be as it was."""
     save_every: int = 1
@@ -112,15 +125,12 @@ class Generate:
         )
         from mla_study.rollout.sinks import check_place, kind_of
         from mla_study.rollout.stream import Rollout, RolloutConfig
-        from mla_study.rollout.video import Decoder
-        from mla_study.world.serving import WorldDecoder, default_prompts
-        from mla_study.world.shipped import is_world, world_codec
+        from mla_study.world.serving import default_prompts
+        from mla_study.world.shipped import is_world
         from mla_study.world.text import CaptionEncoder
 
         if self.threads is not None and self.threads < 1:
             raise UserError(f"--threads is {self.threads}, but it must be at least 1")
-        if self.upscale is not None and self.upscale < 1:
-            raise UserError(f"--upscale is {self.upscale}, but it must be at least 1")
         if self.save_every < 0:
             raise UserError(f"--save-every is {self.save_every}, but it must be 0 or more")
         switches = parse_switches(self.prompt_at)
@@ -128,22 +138,30 @@ class Generate:
         size = None if self.size is None else parse_size(self.size)
         check_place(self.out)
         choice = ModelChoice(
-            self.checkpoint, self.random_weights, self.preset, self.variant, self.weights,
-            self.lora, self.dtype, self.device,
+            self.checkpoint, self.random_weights, self.preset,
+            None if self.variant == "teacher" else self.variant,
+            self.weights, self.lora, self.dtype, self.device,
         )  # fmt: skip
         model = self._model(choice)
         world = not self.random_weights and is_world(model.config)
+        self._check_options(world)
         if self.threads or world:
             torch.set_num_threads(self.threads or 1)
-        predict = accelerate(model, Acceleration(self.compile, self.graph, self.fp8))
         prompts: tuple[str, ...] = self.prompts or ("",)
         if world:
             prompts = default_prompts(self.seed, self.prompts)
             if not self.prompts:
                 _say(f"no prompt was given: this is '{prompts[0]}'")
+        if world and self.embeddings is None:
             encode = CaptionEncoder.of(model.config)
         else:
             encode = choose_encoder(model.config, choice, self.wan, self.embeddings, _say)
+        video = self.fps if self.fps is not None else model.config.fps
+        if not 0 < video <= 1000:
+            raise UserError(f"--fps is {video}, but it must lie between 0 and 1000")
+        if self.variant == "teacher":
+            return self._clips(model, prompts, encode(prompts), video)
+        predict = accelerate(model, Acceleration(self.compile, self.graph, self.fp8))
         rollout = Rollout(
             model,
             prompts,
@@ -156,13 +174,12 @@ class Generate:
             predict=predict,
         )  # fmt: skip
         size = rollout.config.size or model.config.latent_size
-        video = self.fps if self.fps is not None else model.config.fps
-        if not 0 < video <= 1000:
-            raise UserError(f"--fps is {video}, but it must lie between 0 and 1000")
         pixels = kind_of(self.out) != "latents"
+        facts: dict[str, object] = {"prompts": prompts, "prompt_at": switches}
         if world:
-            decoder: Decoder = WorldDecoder(world_codec(size[0]), self.upscale)
+            decoder = self._decoder(model.config, size)
             fps = Fraction(video).limit_denominator(1001)
+            facts["upscale"] = decoder.scale
         else:
             decoder, fps = choose_decoder(model.config, size, choice, self.wan, video, pixels, _say)
         chunks = self._chunks(rollout.window.chunk, video, model.config.codec_stride[0])
@@ -174,7 +191,7 @@ class Generate:
             chunks=chunks,
             resume=self.resume,
             save_every=self.save_every,
-            facts={"decoder": type(decoder).__name__, "prompts": prompts, "prompt_at": switches},
+            facts={"decoder": type(decoder).__name__, **facts},
             say=_say,
         )
         length = f"{made.chunks} chunks, {made.frames} frames ({float(made.frames / fps):.3g} s)"
@@ -184,13 +201,40 @@ class Generate:
             return _EXIT_INTERRUPTED
         return 0
 
+    def _check_options(self, world: bool) -> None:
+        """Refuse what has no meaning for the model that is at hand."""
+        if self.upscale is not None and self.upscale < 1:
+            raise UserError(f"--upscale is {self.upscale}, but it must be at least 1")
+        if self.upscale is not None and not world:
+            raise UserError("--upscale shows the pixels of the trained miniature: leave it out")
+        if self.wan is not None and world:
+            raise UserError("the miniature has words and a codec of its own: leave out --wan")
+        if self.variant != "teacher":
+            return
+        if not world:
+            raise UserError(
+                "--variant teacher makes clips of the trained miniature: leave out --random-weights"
+                if self.random_weights
+                else f"{self.checkpoint} is no miniature: leave out --variant teacher"
+            )
+        for field in fields(self):
+            given = getattr(self, field.name) != field.default
+            if given and field.name not in _OF_CLIPS:
+                option = field.name.replace("_", "-")
+                raise UserError(
+                    f"--variant teacher makes all frames of a short clip at once, which --{option} "
+                    "does not suit: leave it out, or give --variant latent or dense, which stream"
+                )
+
     def _model(self, choice: ModelChoice) -> WanTransformer:
         """What the choice names, or the shipped miniature where it names nothing."""
         from mla_study.rollout.setup import build_model, usable_device
-        from mla_study.world.shipped import load_shipped
+        from mla_study.world.shipped import is_world, load_shipped
 
         if self.checkpoint is not None or self.random_weights:
-            return build_model(choice, _say)
+            model = build_model(choice, _say)
+            # kept in 16 bits for their size, and no faster in them on a CPU
+            return model.float() if is_world(model.config) and self.dtype is None else model
         if self.preset not in (None, "mini") or self.wan is not None:
             raise UserError(
                 f"weights of {self.preset or 'Wan'} are needed: give --checkpoint PATH, or "
@@ -200,9 +244,37 @@ class Generate:
             raise UserError("--weights and --lora speak of a --checkpoint: give one")
         from mla_study.model.storage import DTYPES
 
-        model = load_shipped(self.variant or "latent")
+        device = usable_device(self.device)
         dtype = None if self.dtype is None else DTYPES[self.dtype]
-        return model.to(usable_device(self.device), dtype)
+        return load_shipped(self.variant or "latent").to(device, dtype)
+
+    def _decoder(self, config: ModelConfig, size: tuple[int, int]) -> WorldDecoder:
+        from mla_study.world.serving import WorldDecoder, codec_for, visible_scale
+
+        return WorldDecoder(codec_for(config, self.checkpoint), self.upscale or visible_scale(size))
+
+    def _clips(
+        self, model: WanTransformer, prompts: tuple[str, ...], context: Tensor, video: float
+    ) -> int:
+        """Clips of the bidirectional teacher, a file a sample."""
+        from mla_study.rollout.stream import SeededNoise
+        from mla_study.rollout.video import VideoWriter
+        from mla_study.world.serving import sample_clips
+
+        config = model.config
+        batch = len(prompts) if self.batch is None else self.batch
+        if batch < 1:
+            raise UserError(f"a batch of {batch} is none: give at least 1")
+        decoder, fps = self._decoder(config, config.latent_size), Fraction(video)
+        frames = decoder.codec.world.frames
+        shape = (batch, config.in_channels, frames, *config.latent_size)
+        latents = sample_clips(model, context, SeededNoise(self.seed, shape)(0, 0))
+        writer = VideoWriter(self.out, decoder, fps.limit_denominator(1001), batch)
+        writer.write(latents)
+        writer.close(True)
+        paths = ", ".join(map(str, writer.paths))
+        print(f"{paths}: {frames} frames ({frames / video:.3g} s)")
+        return 0
 
     def _chunks(self, chunk: int, fps: float, stride: int) -> int | None:
         from mla_study.rollout.record import latent_frames

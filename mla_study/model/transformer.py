@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(d, config.ffn_width), FreshGELU(), nn.Linear(config.ffn_width, d)
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, d) / d**0.5)
+        self.modulation = nn.Parameter(torch.randn(1, 6, d).div_(d**0.5))
 
     def forward(
         self,
@@ -79,7 +79,7 @@ class Head(nn.Module):
         d = config.width
         self.norm = LayerNorm(d, eps=config.eps, elementwise_affine=False)
         self.head = nn.Linear(d, math.prod(config.patch) * config.out_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, d) / d**0.5)
+        self.modulation = nn.Parameter(torch.randn(1, 2, d).div_(d**0.5))
 
     def forward(
         self, x: Float[Tensor, "B L d"], e: Float[Tensor, "B F d"]
@@ -117,8 +117,8 @@ class LearnedPositions(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         rows, columns = (s // p for s, p in zip(config.latent_size, config.patch[1:], strict=True))
-        self.space = nn.Parameter(torch.randn(1, config.width, rows, columns) * 0.02)
-        self.first = nn.Parameter(torch.randn(config.width) * 0.02)
+        self.space = nn.Parameter(torch.randn(1, config.width, rows, columns).mul_(0.02))
+        self.first = nn.Parameter(torch.randn(config.width).mul_(0.02))
 
     def forward(
         self, x: Float[Tensor, "B d F h w"], times: Sequence[int]

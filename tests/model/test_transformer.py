@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -273,3 +275,14 @@ def test_shapes_without_memory() -> None:
     }
     assert all(value.is_meta for value in model.parameters())
     assert dense_twin(config) == wan_14b()
+
+
+def test_shapes_come_without_the_compiler() -> None:
+    """Importing it takes longer than all else that opening a small model does."""
+    code = (
+        "import sys; from mla_study.config import mini;"
+        "from mla_study.model.transformer import meta_model;"
+        "meta_model(mini(latent=True)); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
