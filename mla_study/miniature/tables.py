@@ -183,6 +183,11 @@ def write_tables(whole: Plan, store: Store, out: Path, study: str) -> list[Path]
 def summary(frame: pd.DataFrame, metrics: Sequence[str] = ("all_correct", "iou")) -> str:
     """A few lines to read: each student's scores, mean over seeds."""
     held = frame[(frame["condition"].str.startswith("plain")) & frame["metric"].isin(metrics)]
-    keys = ["variant", "init", "d_c", "d_rope", "stage", "clips", "scope", "metric"]
-    mean = held.groupby(keys)["value"].mean().unstack("metric").round(3)
+    held = held.assign(run=held["run"].str.replace(r"-s\d+$", "", regex=True))
+    mean = (
+        held.groupby(["run", "stage", "clips", "scope", "metric"])["value"]
+        .mean()
+        .unstack("metric")
+        .round(3)
+    )
     return mean.to_string()
