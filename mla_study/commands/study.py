@@ -38,6 +38,8 @@ class Study:
     """Train the teacher anew in place of the shipped one."""
     ship: bool = False
     """Then put teacher, dense and latent student where the package ships them."""
+    tables_only: bool = False
+    """Do no work; write the tables of what is done."""
     list_work: bool = False
     """Print the pieces of work, and which are done; do nothing."""
 
@@ -68,7 +70,8 @@ class Study:
                 print(f"{state:6} {piece.kind:9} {piece.name}")
             return 0
         try:
-            store.run(plan, _say)
+            if not self.tables_only:
+                store.run(plan, _say)
         except KeyboardInterrupt:
             _say("interrupted: the same command goes on")
             return _EXIT_INTERRUPTED
@@ -76,6 +79,8 @@ class Study:
         folders = write_tables(plan, store, out, self.which)
         print(summary(read_result(out / "study_scores").table))
         print(f"tables: {', '.join(str(folder) for folder in folders)}")
+        if self.tables_only:
+            return 0
         videos = self.store / f"tables-{self.which}" / "videos"
         names = [file.name for file in write_videos(plan, store, videos)]
         print(f"all variants side by side, in {videos}: {', '.join(names)}")

@@ -144,8 +144,15 @@ def _conversion(node: Node, folder: Path) -> pd.DataFrame:
     return frame
 
 
-def write_tables(plan: Plan, store: Store, out: Path, study: str) -> list[Path]:
-    """Write ``study_NAME`` folders into ``out``; their paths."""
+def write_tables(whole: Plan, store: Store, out: Path, study: str) -> list[Path]:
+    """Write ``study_NAME`` folders of what is done into ``out``; their paths.
+
+    Of an unfinished study the tables are ``partial``, and a note names what is left.
+    """
+    plan = Plan(node for node in whole if store.done(whole, node.name))
+    left = sorted({node.name.split("/")[0] for node in whole if node.name not in plan.nodes})
+    notes = [f"the miniature world; {len(plan)} of {len(whole)} pieces of the {study} study"]
+    notes += [f"not finished: {', '.join(left)}"] if left else []
     found = tables(plan, store)
     spent = sum(float(store.record(plan, node.name)["cpu_s"]) for node in plan)
     inputs = {"codec": file_sha256(store.codec)}
@@ -164,9 +171,9 @@ def write_tables(plan: Plan, store: Store, out: Path, study: str) -> list[Path]:
             seed=None,
             modules=MODULES,
             provenance="measured",
-            validity="full",
+            validity="partial" if left else "full",
             units={k: v for k, v in UNITS.items() if k in frame},
-            notes=[f"the miniature world; {study} study of {len(plan)} pieces of work"],
+            notes=notes,
             observed={"cpu_s_of_all_nodes": round(spent, 1)},
         )
         written.append(folder)
@@ -176,6 +183,11 @@ def write_tables(plan: Plan, store: Store, out: Path, study: str) -> list[Path]:
 def summary(frame: pd.DataFrame, metrics: Sequence[str] = ("all_correct", "iou")) -> str:
     """A few lines to read: each student's scores, mean over seeds."""
     held = frame[(frame["condition"].str.startswith("plain")) & frame["metric"].isin(metrics)]
-    keys = ["variant", "init", "d_c", "d_rope", "stage", "clips", "scope", "metric"]
-    mean = held.groupby(keys)["value"].mean().unstack("metric").round(3)
+    held = held.assign(run=held["run"].str.replace(r"-s\d+$", "", regex=True))
+    mean = (
+        held.groupby(["run", "stage", "clips", "scope", "metric"])["value"]
+        .mean()
+        .unstack("metric")
+        .round(3)
+    )
     return mean.to_string()
