@@ -28,7 +28,7 @@ figures: setup ## draw what is stale into results/figures (FIG=fig1  FORCE=1  PA
 data: setup ## measure the committed tables of results/data anew (FIG=fig1 for one figure's)
 	@$(BIN)/mla-study data $(if $(FIG),--fig $(FIG))
 
-study: setup ## train and judge four students of the miniature, in minutes (again goes on; ARGS='--workers 1')
+study: setup ## train and judge four students of the miniature, in minutes (again goes on)
 	@$(BIN)/mla-study study mini $(ARGS)
 
 study-full: setup ## all inits, three seeds, sweeps, long rollouts, into results/data (hours; again goes on)

@@ -121,7 +121,7 @@ def test_a_further_objective_is_the_file_that_the_readme_shows(
         (["distribution_matching", "--start", "shipped:latent"], "give --teacher"),
         (["flow", "--start", "shipped:nothing"], "no 'nothing'"),
         (["flow", "--start", "nothing.safetensors"], "nothing.safetensors"),
-        (["flow", "--data", "nowhere"], "give world, a folder of videos, or a file of prompts"),
+        (["flow", "--data", "nowhere"], "--data nowhere is not there: give world"),
         (["flow", "--data", "README.md"], "outside the grammar|prompts alone|README"),
         (["none.py", "--start", "shipped:dense"], "none.py is no Python file"),
         (["flow", "--device", "cuda:7"], "torch sees"),
