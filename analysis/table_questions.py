@@ -178,7 +178,7 @@ def catch_up_rows(curves: pd.DataFrame, scores: pd.DataFrame) -> Iterator[Row]:
     """Random against spectral at equal steps, and after many more."""
     lost = miniature.held_out(curves)
     shown = score_rows(scores, "all_correct")
-    behind = sign("passes", "stays behind", "catches up")
+    behind = sign("passes", "stays behind", "not told apart")
     spectral = _of(lost, "spectral")
     for name in ("random", miniature.LONG):
         mine = _of(lost, name)
@@ -188,7 +188,7 @@ def catch_up_rows(curves: pd.DataFrame, scores: pd.DataFrame) -> Iterator[Row]:
         yield from _compare("catch up", f"TF loss, {told}", mine, spectral, behind)
         yield from _compare(
             "catch up", f"all correct, {told}", _of(shown, name), _of(shown, "spectral"),
-            sign("stays behind", "passes", "catches up"),
+            sign("stays behind", "passes", "not told apart"),
         )  # fmt: skip
     rows = curves[(curves["name"] == "held_out") & (curves["stage"] == "tf")]
     long, ends = _of(rows, miniature.LONG), spectral.set_index("seed")["value"]
