@@ -21,7 +21,7 @@ from mla_study.config import from_dict, mini
 from mla_study.errors import UserError
 from mla_study.miniature.judge import Trial
 from mla_study.miniature.plan import Node, Plan, Variant
-from mla_study.miniature.store import Store
+from mla_study.miniature.store import FRAMES, Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +32,6 @@ KEPT = {1: 6, 10: 8, 100: 10}
 PROMPTS = 4
 INITS = ("activation", "spectral", "spectral-raw", "random")
 STAGES = ("teacher", "cd", "dmd")
-FRAMES = "frames.safetensors"
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 LARGEST = 256
 """Pixels of the longer side to which a user's frames are reduced."""

@@ -11,7 +11,7 @@ Shapes: B videos, F frames, C latent channels, h x w latent, H = W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ def records(
         parsed = scores.parsed
         where, seen = parsed.where.cpu(), parsed.seen.cpu()
         if origin is None:
-            origin = where[:, 0] - 0
+            origin = where[:, 0]
         last = (index + 1) * world.frames - 1
         true = origin + last * speed
         stray = apart(where[:, -1] - true, world.size).norm(dim=-1)
@@ -188,8 +188,3 @@ def judge(
         rows += [row | {"video": first + place % count} for place, row in enumerate(made)]
         first += count
     return rows
-
-
-def longer(trial: Trial, clips: int, videos: int) -> Trial:
-    """The same trial at another length."""
-    return replace(trial, clips=clips, videos=videos)

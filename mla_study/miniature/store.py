@@ -21,9 +21,12 @@ from mla_study.miniature.plan import Node, Plan
 
 DONE = "done.json"
 MODEL = "model.safetensors"
+LOG = "log.parquet"
+VIDEOS = "videos.parquet"
+FRAMES = "frames.safetensors"
 SAID = "said.txt"
-COSTS = {"train": 40.0, "judge": 20.0, "convert": 3.0, "teacher": 1.0, "untrained": 1.0}
-"""CPU seconds of a node of which nothing is known yet, for the time left."""
+COSTS = {"convert": 3.0, "teacher": 1.0, "untrained": 1.0}
+"""CPU seconds of nodes that do not follow from their settings, for the time left."""
 
 Say = Callable[[str], object]
 

@@ -16,7 +16,7 @@ from mla_study.errors import UserError
 from mla_study.miniature.clips import clips_table
 from mla_study.miniature.plan import Node, Plan
 from mla_study.miniature.spectra import spectra
-from mla_study.miniature.store import Store
+from mla_study.miniature.store import LOG, VIDEOS, Store
 from mla_study.study.runs import file_sha256, round_significant, write_result
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ def tables(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
     for node in plan:
         folder = store.place(plan, node.name)
         if node.kind == "judge":
-            found = pd.read_parquet(folder / "videos.parquet")
+            found = pd.read_parquet(folder / VIDEOS)
             rows["scores"] += list(_scores(node, found))
             rows["drift"] += list(_drift(node, found))
-        elif node.kind == "train" or (folder / "log.parquet").exists():
-            curves, ranks = _log(node, pd.read_parquet(folder / "log.parquet"))
+        elif node.kind == "train" or (folder / LOG).exists():
+            curves, ranks = _log(node, pd.read_parquet(folder / LOG))
             rows["curves"].append(curves)
             rows["ranks"].append(ranks)
         elif node.kind == "convert":

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mla_study.config import LatentConfig, from_dict, mini
 from mla_study.errors import EXIT_BAD_INPUT, UserError
 from mla_study.miniature.judge import Trial, judge
+from mla_study.miniature.store import DONE, FRAMES, MODEL, VIDEOS
 from mla_study.study.runs import atomic_write, code_hash, file_sha256, parquet_bytes
 
 if TYPE_CHECKING:
@@ -26,14 +27,8 @@ if TYPE_CHECKING:
     from mla_study.model.transformer import WanTransformer
     from mla_study.training.world_data import WorldData
 
-DONE = "done.json"
-MODEL = "model.safetensors"
-LOG = "log.parquet"
-VIDEOS = "videos.parquet"
-FRAMES = "frames.safetensors"
 SHOWN = 6
 """Videos of a trial whose frames are kept."""
-CODEC = "codec.safetensors"
 _CALIBRATION = 64
 MODULES = ("mla_study.miniature.work",)
 

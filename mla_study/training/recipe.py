@@ -157,8 +157,9 @@ def small() -> dict[str, Stage]:
 def wan_1_3b() -> dict[str, Stage]:
     """The paper's three stages on 8 GPUs: learning rates, total batch and precision of its Table 4.
 
-    Its text says batch 128 and its appendix 2 / 2 / 16; both are here, the appendix's as
-    ``micro_batch`` (128 = 8 GPUs x 2 x 8 accumulated). Numbers of steps are not given; 9.5 k is the
+    Its text says batch 128 and its appendix 2 / 2 / 16: the batch is the text's, in passes of 2, 2
+    and 1 samples a rank. The moving average's decay rises to .99 over some 900 steps, where the
+    paper has it from the first. Numbers of steps are not given; 9.5 k is the
     last point of its Fig. 8, divided here in the proportion of common practice.
     """
     adam = Optimiser(lr=5e-6, betas=(0.0, 0.999), weight_decay=0.01)

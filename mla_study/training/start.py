@@ -10,7 +10,8 @@ from mla_study.model.transformer import WanTransformer
 
 POSITIONS = 0.5
 """Standard deviation of learned positions: near that of the tokens that they are added to. At .02
-the miniature does not find a sprite's place in four times the steps."""
+the miniature's sprites stood in the right column in half of the videos after 2400 steps, at .5 in
+nineteen of twenty after 650."""
 
 
 def fresh_model(config: ModelConfig, seed: int = 0) -> WanTransformer:
