@@ -44,7 +44,7 @@ def test_overall_of_the_long_table_is_the_plain_mean_of_six() -> None:
     assert len(table) == 20
     for row in table.to_dict("records"):
         raw = {name: row[name] for name in OVERALL_6}
-        assert scores.overall_6(raw) == pytest.approx(row["overall"], abs=0.00051)
+        assert scores.overall_6(raw) == pytest.approx(row["overall"], abs=0.00101)
 
 
 def test_totals_of_the_ablations_are_plain_means() -> None:
