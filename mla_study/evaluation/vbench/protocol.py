@@ -1,0 +1,105 @@
+"""What two runs must share before their scores may be compared.
+
+Seeds, device and number of workers are recorded beside a run and are no reason to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LABELS = {
+    "mode": "mode",
+    "prompts": "prompt file (sha256)",
+    "extended": "longer prompts (sha256)",
+    "extended_by": "longer prompts by",
+    "samples": "videos a prompt",
+    "size": "resolution",
+    "fps": "frames a second",
+    "frames": "frames",
+    "vbench": "VBench",
+    "patches": "patches of VBench",
+    "static_filter": "static filter of temporal flickering",
+    "long_configs": "configuration of the long mode",
+    "aggregation": "aggregation",
+    "clip_to_clip": "features between clips",
+}
+"""What each field is called when it differs."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a run was made; every field must agree.
+
+    Attributes:
+        prompts: hash of VBench's list, of the table of prompts, or None where there are no prompts.
+        extended: hash of the file with the prompts that the model was told, None for short ones.
+        samples: videos a prompt (the most that a prompt has).
+        size, fps, frames: what the videos have, "mixed" with the range where they differ.
+        weights: scorer -> file -> SHA-256, compared for the scorers that both runs have.
+    """
+
+    mode: str
+    prompts: str | None
+    extended: str | None
+    extended_by: str
+    samples: int
+    size: str
+    fps: str
+    frames: str
+    vbench: str
+    patches: tuple[str, ...]
+    static_filter: bool
+    long_configs: str | None
+    aggregation: str
+    clip_to_clip: str | None
+    weights: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Protocol:
+        """From a run record's config. KeyError or TypeError: it holds none."""
+        fields = dict(config["protocol"])
+        fields["patches"] = tuple(fields["patches"])
+        return cls(**fields)
+
+
+def differences(first: Protocol, second: Protocol, scorers: Iterable[str]) -> list[str]:
+    """Sentences, one for each thing that differs; empty where the runs may be compared.
+
+    Args:
+        scorers: those that are compared; weights of others do not matter.
+    """
+    found = [
+        f"{label}: {shown(getattr(first, name))} against {shown(getattr(second, name))}"
+        for name, label in LABELS.items()
+        if getattr(first, name) != getattr(second, name)
+    ]
+    for scorer in scorers:
+        one, two = first.weights.get(scorer, {}), second.weights.get(scorer, {})
+        found += [
+            f"weights of {scorer}, {name}: {shown(one.get(name))} against {shown(two.get(name))}"
+            for name in sorted(set(one) | set(two))
+            if one.get(name) != two.get(name)
+        ]
+    return found
+
+
+def shown(value: object) -> str:
+    """A field's value, hashes cut to twelve digits."""
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, tuple):
+        return ", ".join(str(item) for item in value)
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def spread(values: Iterable[str]) -> str:
+    """The one value that all have, or "mixed" with the first and the last of the sorted ones.
+
+    >>> spread(["16", "16"]), spread(["16", "24"])
+    ('16', 'mixed (16 to 24)')
+    """
+    unique = sorted(set(values), key=lambda text: (len(text), text))
+    return unique[0] if len(unique) == 1 else f"mixed ({unique[0]} to {unique[-1]})"
