@@ -8,6 +8,7 @@ or else helps with the one that has most left.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import signal
@@ -277,10 +278,8 @@ def _end(worker: subprocess.Popen[str]) -> None:
     """Let a worker finish by the end of its input, or end it."""
     for pipe in (worker.stdin, worker.stdout):
         if pipe is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-            except BrokenPipeError:
-                pass
     try:
         worker.wait(GRACE)
     except subprocess.TimeoutExpired:

@@ -119,9 +119,10 @@ class Scores:
             "where sha256 = ? and scorer = ? and version = ? and question = ?",
             (key.sha256, key.scorer, key.version, key.question),
         ).fetchone()
-        return (
-            None if row is None else Scored(*row[:3], bool(row[3]), *row[4:6], json.loads(row[6]))
-        )
+        if row is None:
+            return None
+        value, terms, frames, counted, seconds, rss_mib, more = row
+        return Scored(value, terms, frames, bool(counted), seconds, rss_mib, json.loads(more))
 
     def put(self, key: Key, scored: Scored) -> None:
         """Keep a score; it is on disk when this returns."""
