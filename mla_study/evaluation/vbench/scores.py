@@ -6,7 +6,7 @@ subject and background consistency by pairs of frames, appearance style by frame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,29 +101,59 @@ def raw_score(scorer: str, values: Numbers, terms: Numbers) -> float:
     return float(np.dot(values, weights) / weights.sum()) * scale_of(scorer)
 
 
-def bootstrap(
-    scorer: str, values: Numbers, terms: Numbers, prompts: Iterable[str],
-    draws: int = DRAWS, seed: int = 0,
-) -> Score:  # fmt: skip
-    """Score of a scorer's videos, with an interval from resampling prompts (not videos).
+def resampled(
+    scorer: str, values: Numbers, terms: Numbers, prompts: Iterable[str], draws: int = DRAWS,
+    seed: int = 0,
+) -> np.ndarray:  # fmt: skip
+    """The score [draws] over prompts drawn with replacement; empty for a single prompt.
 
     Videos of one prompt share what makes it hard, so prompts are the unit.
     """
-    names = list(prompts)
-    unique = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    unique: dict[str, int] = {}
+    places = [unique.setdefault(name, len(unique)) for name in prompts]
+    if len(unique) < 2:
+        return np.empty(0)
     weights = np.asarray(terms, dtype=float)
     sums, counts = np.zeros(len(unique)), np.zeros(len(unique))
-    places = [unique[name] for name in names]
     np.add.at(sums, places, np.asarray(values, dtype=float) * weights)
     np.add.at(counts, places, weights)
-    low, high = _interval(
-        lambda picked: sums[picked].sum(axis=1) / counts[picked].sum(axis=1), len(unique), draws,
-        seed,
-    )  # fmt: skip
-    scale = scale_of(scorer)
-    return Score(
-        raw_score(scorer, values, terms), low * scale, high * scale, len(names), len(unique)
-    )
+    picked = np.random.default_rng(seed).integers(len(unique), size=(draws, len(unique)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[picked].sum(axis=1) / counts[picked].sum(axis=1) * scale_of(scorer)
+
+
+def interval(drawn: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of resamples; NaN where there are none."""
+    held = drawn[np.isfinite(drawn)]
+    if not held.size:
+        return float("nan"), float("nan")
+    low, high = np.percentile(held, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap(
+    scorer: str, values: Numbers, terms: Numbers, prompts: Iterable[str], draws: int = DRAWS,
+    seed: int = 0,
+) -> Score:  # fmt: skip
+    """Score of a scorer's videos with its interval, see :func:`resampled`."""
+    names = list(prompts)
+    low, high = interval(resampled(scorer, values, terms, names, draws, seed))
+    return Score(raw_score(scorer, values, terms), low, high, len(names), len(set(names)))
+
+
+def composite_intervals(
+    drawn: Mapping[str, np.ndarray],
+) -> dict[str, tuple[float, float]]:
+    """Intervals of the composites from resamples [draws] of each dimension, drawn independently."""
+    held = {name: values for name, values in drawn.items() if values.size}
+    if not held:
+        return {}
+    rows = [
+        composites(dict(zip(held, map(float, row), strict=True)))
+        for row in zip(*held.values(), strict=True)
+    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: interval(np.array([row.get(name, np.nan) for row in rows])) for name in names}
 
 
 def paired_difference(
@@ -139,21 +169,11 @@ def paired_difference(
     if not len(gaps):
         nan = float("nan")
         return nan, nan, nan, nan, 0
-    low, high = _interval(lambda picked: gaps[picked].mean(axis=1), len(gaps), draws, seed)
     rng = np.random.default_rng(seed)
+    few = len(gaps) < 2
+    drawn = np.empty(0) if few else gaps[rng.integers(len(gaps), size=(draws, len(gaps)))].mean(1)
+    low, high = interval(drawn)
     flipped = (gaps * rng.choice([-1.0, 1.0], (draws, len(gaps)))).mean(axis=1)
     # with the one that was seen, so that p is never zero
     p = (1 + int((np.abs(flipped) >= abs(gaps.mean()) - 1e-15).sum())) / (draws + 1)
     return float(gaps.mean()), low, high, p, len(gaps)
-
-
-def _interval(
-    mean: Callable[[np.ndarray], np.ndarray], units: int, draws: int, seed: int
-) -> tuple[float, float]:
-    if units < 2:
-        return float("nan"), float("nan")
-    picked = np.random.default_rng(seed).integers(units, size=(draws, units))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = mean(picked)
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return float(low), float(high)

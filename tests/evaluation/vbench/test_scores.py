@@ -121,3 +121,14 @@ def test_names_and_groups_choose_scorers() -> None:
         choose(["scenes"])
     with pytest.raises(UserError, match="needs videos made from VBench's prompts"):
         choose(["scene"], free)
+
+
+def test_intervals_of_composites_come_from_independent_draws(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    row = shares(LEADERBOARD.iloc[3])
+    drawn = {name: row[name] + 0.01 * rng.normal(size=400) for name in DIMENSIONS}
+    found = scores.composite_intervals(drawn)
+    low, high = found["overall_6"]
+    assert low < scores.composites(row)["overall_6"] < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.01 / 6**0.5, rel=0.2)
+    assert scores.composite_intervals({"scene": np.empty(0)}) == {}
