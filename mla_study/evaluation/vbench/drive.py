@@ -69,19 +69,6 @@ class Answer:
     reason: str = ""
 
 
-@dataclass
-class Outcome:
-    """What workers said besides scores.
-
-    Attributes:
-        stopped: scorer -> why nothing of it can be scored (any more).
-        ready: scorer -> the first ``ready`` line.
-    """
-
-    stopped: dict[str, str] = field(default_factory=dict[str, str])
-    ready: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
-
-
 class Drive:
     """Work through jobs; see :func:`drive`."""
 
@@ -92,7 +79,7 @@ class Drive:
         self.left = {scorer: deque(mine) for scorer, mine in jobs.items() if mine}
         self.launch, self.devices, self.logs = launch, devices, logs
         self.answers: queue.Queue[Answer | BaseException | None] = queue.Queue()
-        self.outcome = Outcome()
+        self.stopped: dict[str, str] = {}
         self.at_work: dict[str, int] = {}
         self.deaths: dict[str, int] = {}
         self.lock = threading.Lock()
@@ -115,7 +102,7 @@ class Drive:
 
     def _take(self) -> str | None:
         with self.lock:
-            open_ = [s for s, mine in self.left.items() if mine and s not in self.outcome.stopped]
+            open_ = [s for s, mine in self.left.items() if mine and s not in self.stopped]
             fresh = [scorer for scorer in open_ if not self.at_work.get(scorer)]
             # loading a model for the very last video of another slot's gains nothing
             shared = [s for s in open_ if len(self.left[s]) > 1]
@@ -132,7 +119,7 @@ class Drive:
 
     def _stop(self, scorer: str, reason: str) -> None:
         with self.lock:
-            self.outcome.stopped.setdefault(scorer, reason)
+            self.stopped.setdefault(scorer, reason)
 
     def _serve(self, scorer: str, device: str) -> None:
         """One worker, from its start to the end of the jobs or its own."""
@@ -167,8 +154,7 @@ class Drive:
             reason = str((said or {}).get("reason") or _why(worker, log))
             self._stop(scorer, reason)
             return
-        with self.lock:
-            self.outcome.ready.setdefault(scorer, said)
+        patches = list(said.get("patches") or ())
         while (job := self._next(scorer)) is not None:
             try:
                 worker.stdin.write(job.line())
@@ -191,7 +177,7 @@ class Drive:
                 continue
             with self.lock:
                 self.deaths[scorer] = 0
-            self.answers.put(Answer(scorer, job, _scored(said)))
+            self.answers.put(Answer(scorer, job, _scored(said, patches)))
 
     def end(self) -> None:
         """End all workers at once."""
@@ -205,7 +191,7 @@ class Drive:
 def drive(
     jobs: Mapping[str, Sequence[Job]], launch: Callable[[str, str], Launch],
     devices: Sequence[str], logs: Path, take: Callable[[Answer], None],
-) -> Outcome:  # fmt: skip
+) -> dict[str, str]:  # fmt: skip
     """Do all jobs with a slot a device (name one twice for two processes on it).
 
     Args:
@@ -214,7 +200,7 @@ def drive(
         take: called in this thread with each answer; what it raises ends the run.
 
     Returns:
-        Which scorers stopped, and why; jobs of theirs that were not begun have no answer.
+        Scorer -> why it stopped; jobs of it that were not begun have no answer.
     """
     work = Drive(jobs, launch, devices, logs)
     slots = [threading.Thread(target=work.slot, args=(d,), daemon=True) for d in devices]
@@ -234,7 +220,7 @@ def drive(
         work.end()
         for slot in slots:
             slot.join(GRACE)
-    return work.outcome
+    return work.stopped
 
 
 def _read(lines: IO[str]) -> dict[str, Any] | None:
@@ -249,12 +235,12 @@ def _read(lines: IO[str]) -> dict[str, Any] | None:
     return None
 
 
-def _scored(said: Mapping[str, Any]) -> Scored:
+def _scored(said: Mapping[str, Any], patches: Sequence[str]) -> Scored:
     try:
         return Scored(
             float(said["value"]), float(said["terms"]), int(said["frames"]),
             bool(said.get("counted", True)), float(said.get("seconds", 0.0)),
-            float(said.get("rss_mib", 0.0)), dict(said.get("more") or {}),
+            float(said.get("rss_mib", 0.0)), {**(said.get("more") or {}), "patches": list(patches)},
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"a worker's answer cannot be read ({error}): {said}") from None

@@ -1,0 +1,193 @@
+"""``mla-study vbench``: VBench's scores of videos, short and long, and what they need."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mla_study.errors import UserError
+
+_EXIT_INTERRUPTED, _EXIT_UNFINISHED = 130, 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """Score a folder of videos by VBench's own code, in its own environment.
+
+    short: videos named {prompt}-{index}.mp4 by VBench's prompts, or a table of prompts beside them.
+    custom: any clips, by the dimensions that need no prompt. long: videos of 30 s and more. What is
+    scored is kept: the same command goes on after an interruption, and scores changed videos only.
+
+    Example: mla-study vbench run clips --mode custom --dimensions temporal_flickering --out scores
+    """
+
+    videos: tyro.conf.Positional[Path]
+    """A folder of .mp4 videos, or one video."""
+    out: Path
+    """Folder for scores, tables and logs."""
+    mode: Literal["short", "long", "custom"] = "short"
+    """Which protocol."""
+    dimensions: tuple[str, ...] = ()
+    """Dimensions (default: all that the mode has), or all, quality, semantic, overall_6,
+    substitutes."""
+    prompts: Path | None = None
+    """CSV or JSONL with file, prompt, index (default: prompts.csv in the folder, or the names)."""
+    extended: Path | None = None
+    """File of the longer prompts that the model was told, for the record."""
+    model: str | None = None
+    """Name of the model in tables (default: the folder's)."""
+    weights: Path | None = None
+    """Folder of metric weights (default: VBENCH_CACHE_DIR, or ~/.cache/vbench)."""
+    trust_weights: bool = False
+    """Take weights whose hash nobody published; VBench unpickles them."""
+    detectron2: Path | None = None
+    """Checkout of detectron2, for object_class, multiple_objects, color, spatial_relationship."""
+    environment: Path | None = None
+    """VBench's environment (default: MLA_STUDY_VBENCH_ENV, or what make setup-vbench made)."""
+    static_filter: bool | None = None
+    """Leave moving videos out of temporal flickering (default: where its weights are there)."""
+    workers: int | None = None
+    """Processes (default: one a core, or one a GPU)."""
+    device: str = "auto"
+    """cpu, cuda (all GPUs that are visible), cuda:1, or auto."""
+    shard: str | None = None
+    """I/N: every N-th video from the I-th, into OUT/shard-I-of-N; a run without it joins them."""
+    take: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """Folder of another run whose scores are taken over; may be repeated."""
+    skip_bad: bool = False
+    """Go on without videos that cannot be scored."""
+    json: bool = False
+    """Print the scores as JSON."""
+
+    def run(self) -> int:
+        """Score, and return the exit code."""
+        from mla_study.evaluation.vbench import dimensions, environment, weights
+        from mla_study.evaluation.vbench.plan import Place, scorers_for
+        from mla_study.evaluation.vbench.run import Request, run
+        from mla_study.evaluation.vbench.tables import text_table
+
+        names = [name for given in self.dimensions for name in given.replace(",", " ").split()]
+        scorers = scorers_for(self.mode, names or ["all"])
+        other = [name for name in scorers if name not in dimensions.NATIVE]
+        found = environment.find_environment(self.environment) if other else None
+        place = Place(weights.folder(self.weights), found, self.detectron2, self.trust_weights)
+        devices, threads = _slots(self.device, self.workers, found)
+        request = Request(
+            self.videos, self.out, scorers, place, self.mode,
+            self.model or self.videos.resolve().stem, self.prompts, self.extended,
+            self.static_filter, devices, threads, _shard(self.shard), self.take, self.skip_bad,
+        )  # fmt: skip
+        try:
+            done = run(request, _say)
+        except KeyboardInterrupt:
+            _say("interrupted: the same command goes on")
+            return _EXIT_INTERRUPTED
+        if self.json:
+            print(done.table.to_json(orient="records", indent=1))
+        else:
+            print(text_table(done.table))
+        record = done.record
+        print(
+            f"class {record['provenance']}, {record['validity']}, run {record['run_hash'][:12]}: "
+            f"{done.folder}",
+            file=sys.stderr,
+        )
+        return _EXIT_UNFINISHED if done.failures or done.stopped else 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Scores of runs side by side; of two, a test by prompt. Unlike protocols are refused.
+
+    Example: mla-study vbench compare scores-dense scores-latent
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The --out folders of vbench run."""
+    anyway: bool = False
+    """Print them although their protocols differ, with the differences on the table's face."""
+    json: bool = False
+    """Print the table as JSON."""
+
+    def run(self) -> int:
+        """Print the comparison."""
+        from mla_study.evaluation.vbench.compare import compare, text
+
+        comparison = compare(self.runs, self.anyway)
+        if self.json:
+            print(comparison.table.to_json(orient="records", indent=1))
+            for sentence in comparison.unlike:
+                _say(f"unlike protocols: {sentence}")
+        else:
+            print(text(comparison))
+        return 0
+
+
+VBenchCommand = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+)
+
+
+@dataclass(frozen=True)
+class VBench:
+    """VBench and VBench-Long: score videos, compare runs, see what is missing.
+
+    Example: mla-study vbench run clips --mode custom --dimensions temporal_flickering --out scores
+    """
+
+    command: VBenchCommand = field()
+
+    def run(self) -> int:
+        """Run the subcommand."""
+        return self.command.run()
+
+
+def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, ...], int]:
+    """Devices, one a process, and threads of each.
+
+    Raises:
+        UserError: fewer than one worker, or a GPU that is not there.
+    """
+    from mla_study.evaluation.vbench import environment
+
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}, but it must be at least 1")
+    cores = len(os.sched_getaffinity(0))
+    gpus = 0
+    if device != "cpu" and isinstance(found, environment.Environment):
+        gpus = environment.gpus(found)
+    if device.startswith("cuda") and not gpus:
+        raise UserError(f"--device {device}, but VBench's PyTorch sees no GPU: give cpu or auto")
+    if device == "cpu" or not gpus:
+        count = workers or cores
+        return ("cpu",) * count, max(1, cores // count)
+    local = os.environ.get("LOCAL_RANK")
+    if ":" in device:
+        cards = [device]
+    elif local is not None:
+        cards = [f"cuda:{local}"]
+    else:
+        cards = [f"cuda:{i}" for i in range(gpus)]
+    count = workers or len(cards)
+    return tuple(cards[i % len(cards)] for i in range(count)), max(1, cores // count)
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    """``0/2`` as (0, 2); under torchrun, the rank's own where nothing is given."""
+    if text is None:
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        return (int(os.environ.get("RANK", "0")), count) if count > 1 else None
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdigit() or not count.isdigit() or int(index) >= int(count):
+        raise UserError(f"--shard {text}: give I/N with I from 0 to N - 1, such as 0/2")
+    return int(index), int(count)
+
+
+def _say(sentence: str) -> None:
+    print(f"note: {sentence.rstrip('.')}.", file=sys.stderr)
