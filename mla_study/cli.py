@@ -27,6 +27,7 @@ from mla_study.commands.study import Study
 from mla_study.commands.text import Text
 from mla_study.commands.train import Train
 from mla_study.commands.vae import Vae
+from mla_study.commands.vbench import VBench
 from mla_study.commands.world import Score, World
 from mla_study.errors import EXIT_BAD_INPUT, UserError
 
@@ -284,6 +285,7 @@ Command = (
     | Annotated[CacheError, tyro.conf.subcommand("cache-error")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Study, tyro.conf.subcommand("study")]
+    | Annotated[VBench, tyro.conf.subcommand("vbench")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Dispatch, tyro.conf.subcommand("dispatch")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]

@@ -75,7 +75,9 @@ class Run:
         scorers = scorers_for(self.mode, names or ["all"])
         other = [name for name in scorers if name not in dimensions.NATIVE]
         found = environment.find_environment(self.environment) if other else None
-        place = Place(weights.folder(self.weights), found, self.detectron2, self.trust_weights)
+        place = Place(
+            weights.weights_folder(self.weights), found, self.detectron2, self.trust_weights
+        )
         devices, threads = _slots(self.device, self.workers, found)
         request = Request(
             self.videos, self.out, scorers, place, self.mode,
@@ -161,7 +163,7 @@ def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, 
     cores = len(os.sched_getaffinity(0))
     gpus = 0
     if device != "cpu" and isinstance(found, environment.Environment):
-        gpus = environment.gpus(found)
+        gpus = len(environment.ask_devices(found).gpus)
     if device.startswith("cuda") and not gpus:
         raise UserError(f"--device {device}, but VBench's PyTorch sees no GPU: give cpu or auto")
     if device == "cpu" or not gpus:

@@ -15,10 +15,10 @@ import signal
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.store import Scored
@@ -223,7 +223,7 @@ def drive(
     return work.stopped
 
 
-def _read(lines: IO[str]) -> dict[str, Any] | None:
+def _read(lines: Iterable[str]) -> dict[str, Any] | None:
     """The next object of a worker; None: it has ended."""
     for line in lines:
         try:

@@ -17,6 +17,7 @@ from mla_study.evaluation.vbench.dimensions import (
     DIMENSIONS,
     EXTRAS,
     NATIVE,
+    SAMPLES,
     SCORERS,
     SUBSTITUTES,
     VERSION,
@@ -100,10 +101,18 @@ def subjects(
     ]
 
 
-def wanted_videos(scorer: str, suite: Mapping[str, Entry], samples: int) -> dict[str, int]:
-    """Prompt -> number of videos that the protocol wants for a scorer."""
+def wanted_videos(
+    scorer: str, suite: Mapping[str, Entry], filtered: bool = False
+) -> dict[str, int]:
+    """Prompt -> number of videos that the protocol wants for a scorer.
+
+    Args:
+        filtered: count the videos before the static filter, of the dimension that has one.
+    """
     dimension = base_of(scorer)
-    return {prompt: samples for prompt, entry in suite.items() if dimension in entry.dimensions}
+    known = DIMENSIONS.get(dimension)
+    count = known.samples if known and filtered else SAMPLES
+    return {prompt: count for prompt, entry in suite.items() if dimension in entry.dimensions}
 
 
 @lru_cache
@@ -158,19 +167,12 @@ def make_plan(
         UserError: weights are missing or damaged, or unknown and not trusted.
     """
     plan = Plan()
-    needed: dict[str, None] = {}
+    without = () if place.detectron2 is None else ("detectron2",)
     for scorer in scorers:
-        keys = weights.needed_by(scorer, mode)
-        for key in keys:
-            state, sentence = weights.state(key, place.weights)
-            if state == "unknown" and place.trust:
-                continue
-            if state != "ready":
-                raise UserError(f"{scorer}: {sentence.rstrip('.')}; vbench doctor lists it all")
-            needed[key] = None
-        hashes = weights.fingerprint(scorer, place.weights)
+        weights.require([scorer], place.weights, mode, trust=place.trust, without=without)
+        hashes = weights.fingerprint(scorer, place.weights, mode)
         plan.weights[scorer] = dict(hashes)
-        plan.random |= weights.is_random(place.weights, keys)
+        plan.random |= weights.is_random(place.weights, weights.needed_by(scorer, mode))
         version = version_of(scorer, hashes)
         for number, video in enumerate(asked[scorer]):
             facts = told(scorer, video, suite)
@@ -201,7 +203,8 @@ def launcher(place: Place, threads: int) -> Any:
         variables = environment.variables(place.weights, place.detectron2)
         command = [str(place.environment.python), str(environment.WORKER)]
         request["versions"] = dict(environment.PINS)
-        folder = place.weights if place.weights.is_dir() else Path.cwd()
+        folder = environment.working_folder(place.weights)
+        folder.mkdir(parents=True, exist_ok=True)
         return Launch(command, {**os.environ, **variables, **limits}, folder, request)
 
     return launch

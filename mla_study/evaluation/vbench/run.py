@@ -147,7 +147,7 @@ def suite_of(request: Request) -> tuple[dict[str, Entry], str | None]:
     """VBench's prompts with the hash of their file; nothing in custom mode."""
     if request.mode == "custom" or request.where.environment is None:
         return {}, None
-    path = request.where.environment.package / INFO
+    (path,) = request.where.environment.root.glob(f"lib/python3.*/site-packages/vbench/{INFO}")
     return read_suite(path), text_sha256(path)
 
 
@@ -165,17 +165,18 @@ def _run(request: Request, store: Scores, say: Say, progress: bool) -> Finished:
     problems = [Problem(n, "no video of its prompts: left out", False) for n in nothing]
     scorers = [name for name in request.scorers if asked[name]]
     filtered = _static(request, asked, suite, store, say, progress)
-    lacking = _lacking(request, seen, suite, scorers)
+    lacking = _lacking(seen, suite, scorers, filtered)
     plan = make_plan(scorers, asked, suite, request.where, request.mode)
     stopped, failures = answer(plan.questions, request, store, say, progress)
     answered = kept(plan.questions, store)
     protocol = replace(
         protocol_of(request, seen, suite_hash, plan, answered), static_filter=filtered
     )
-    wanted = {
-        name: sum(wanted_videos(name, suite, SAMPLES).values()) if suite else None
-        for name in scorers
-    }
+    wanted = {name: len(asked[name]) for name in scorers}
+    for name in scorers if suite else ():
+        complete = base_of(name) == FLICKER and filtered and not lacking
+        # of a complete set the filter may leave fewer
+        wanted[name] = wanted[name] if complete else sum(wanted_videos(name, suite).values())
     folder = request.out
     shown = tables.video_table(answered)
     best: Validity = "invalid" if plan.random else "full"
@@ -222,14 +223,13 @@ def _static(
 
 
 def _lacking(
-    request: Request, seen: Sequence[Video], suite: Mapping[str, Entry], scorers: Sequence[str]
+    seen: Sequence[Video], suite: Mapping[str, Entry], scorers: Sequence[str], filtered: bool
 ) -> list[Problem]:
     if not suite:
         return []
     wanted: dict[str, int] = {}
     for name in scorers:
-        filtered = base_of(name) == FLICKER and request.static_filter is not False
-        for prompt, count in wanted_videos(name, suite, 25 if filtered else SAMPLES).items():
+        for prompt, count in wanted_videos(name, suite, filtered).items():
             wanted[prompt] = max(count, wanted.get(prompt, 0))
     return videos.absent(seen, wanted, list(suite))
 
@@ -259,7 +259,7 @@ def answer(
             tick(found.scorer)
 
         logs = request.out / "logs"
-        outcome = drive(jobs, launcher(request.where, request.threads), request.devices, logs, take)
+        stopped = drive(jobs, launcher(request.where, request.threads), request.devices, logs, take)
     for scorer, reason in stopped.items():
         say(f"{scorer} was not finished: {reason}")
         failures.append(Problem(scorer, reason))
