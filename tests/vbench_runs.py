@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mla_study.evaluation.vbench import run as running
+from mla_study.evaluation.vbench import run as running, scoring
 from mla_study.evaluation.vbench.drive import Launch
 from mla_study.evaluation.vbench.plan import Place
-from mla_study.evaluation.vbench.run import Finished, Request
+from mla_study.evaluation.vbench.scoring import Finished, Request
 
 FAKE = Path(__file__).with_name("vbench_fake_worker.py")
 
@@ -62,7 +62,7 @@ def run_fake(
     scorers: tuple[str, ...] = ("temporal_flickering",), **more: object,
 ) -> tuple[Finished, list[str]]:  # fmt: skip
     """A run by the fake worker, and what it said."""
-    monkeypatch.setattr(running, "launcher", launch_fake)
+    monkeypatch.setattr(scoring, "launcher", launch_fake)
     said: list[str] = []
     place = Place(out.parent / "weights", None, trust=True)
     request = Request(folder, out, scorers, place, **{"mode": "custom", "model": "m", **more})  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,6 +51,16 @@ class Run:
     """VBench's environment (default: MLA_STUDY_VBENCH_ENV, or what make setup-vbench made)."""
     static_filter: bool | None = None
     """Leave moving videos out of temporal flickering (default: where its weights are there)."""
+    upstream_exact: bool = True
+    """Long mode: cut and average as upstream's code does; without, by true frame rates, and over
+    clips, then videos. The corrected average is reported beside in any case."""
+    clip_to_clip: bool = True
+    """Long mode: let half of subject and background consistency compare clips (needs DINOv2 and
+    DreamSim)."""
+    split_scenes: bool = False
+    """Long mode: cut at changes of scene first."""
+    long_configs: Path | None = None
+    """Folder with upstream's four YAML files (default: their published values)."""
     workers: int | None = None
     """Processes (default: one a core, or one a GPU)."""
     device: str = "auto"
@@ -67,8 +77,10 @@ class Run:
     def run(self) -> int:
         """Score, and return the exit code."""
         from mla_study.evaluation.vbench import dimensions, environment, weights
+        from mla_study.evaluation.vbench.long_configs import load_configs
         from mla_study.evaluation.vbench.plan import Place, scorers_for
-        from mla_study.evaluation.vbench.run import Request, run
+        from mla_study.evaluation.vbench.run import run
+        from mla_study.evaluation.vbench.scoring import LongOptions, Request
         from mla_study.evaluation.vbench.tables import text_table
 
         names = [name for given in self.dimensions for name in given.replace(",", " ").split()]
@@ -79,10 +91,17 @@ class Run:
             weights.weights_folder(self.weights), found, self.detectron2, self.trust_weights
         )
         devices, threads = _slots(self.device, self.workers, found)
+        long = None
+        if self.mode == "long":
+            found = environment.find_environment(self.environment)
+            place = replace(place, environment=found)
+            configs = load_configs(self.long_configs)
+            long = LongOptions(configs, self.upstream_exact, self.clip_to_clip, self.split_scenes)
         request = Request(
             self.videos, self.out, scorers, place, self.mode,
             self.model or self.videos.resolve().stem, self.prompts, self.extended,
             self.static_filter, devices, threads, _shard(self.shard), self.take, self.skip_bad,
+            long,
         )  # fmt: skip
         try:
             done = run(request, _say)

@@ -135,6 +135,13 @@ class Scores:
             ),
         )  # fmt: skip
 
+    def forget(self, key: Key) -> None:
+        """Drop a score whose files are gone."""
+        self._write(
+            "delete from scores where sha256 = ? and scorer = ? and version = ? and question = ?",
+            (key.sha256, key.scorer, key.version, key.question),
+        )
+
     def absorb(self, other: Path) -> int:
         """Take over the scores of another folder's file; how many were new.
 

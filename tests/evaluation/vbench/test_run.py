@@ -18,6 +18,7 @@ from vbench_runs import run_fake, write_clip, write_clips
 
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench import run as running
+from mla_study.evaluation.vbench import scoring
 from mla_study.evaluation.vbench.drive import Job
 from mla_study.evaluation.vbench.prompts import Entry
 from mla_study.evaluation.vbench.store import FILE, locked
@@ -76,13 +77,13 @@ def test_a_second_run_starts_no_worker_and_a_changed_video_is_scored_alone(
     out = tmp_path / "out"
     first, _ = run_fake(monkeypatch, clips, out)
     asked: list[str] = []
-    true = running.drive
+    true = scoring.drive
 
     def watched(jobs: Mapping[str, Sequence[Job]], *rest: Any) -> dict[str, str]:
         asked.extend(job.name for mine in jobs.values() for job in mine)
         return true(jobs, *rest)
 
-    monkeypatch.setattr(running, "drive", watched)
+    monkeypatch.setattr(scoring, "drive", watched)
     again, _ = run_fake(monkeypatch, clips, out)
     assert not asked
     pd.testing.assert_frame_equal(first.table, again.table)
@@ -100,7 +101,7 @@ def test_shards_join_to_the_single_run(
     for index in (0, 1):
         part, _ = run_fake(monkeypatch, clips, tmp_path / "two", SCORERS, shard=(index, 2))
         assert part.folder == tmp_path / "two" / f"shard-{index}-of-2"
-    monkeypatch.setattr(running, "drive", None)
+    monkeypatch.setattr(scoring, "drive", None)
     joined, said = run_fake(monkeypatch, clips, tmp_path / "two", SCORERS)
     assert len(joined.videos) == 14 and len(said) == 2
     same(tmp_path / "one", tmp_path / "two")
