@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mla_study.evaluation.vbench import run as running, scoring
+from mla_study.evaluation.vbench import run as running
+from mla_study.evaluation.vbench import scoring
 from mla_study.evaluation.vbench.drive import Launch
 from mla_study.evaluation.vbench.plan import Place
 from mla_study.evaluation.vbench.scoring import Finished, Request

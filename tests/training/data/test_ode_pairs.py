@@ -7,8 +7,8 @@ import torch
 
 from mla_study.errors import UserError
 from mla_study.rollout.prompts import WordHash
-from mla_study.training.ode_pairs import OdePairs
-from mla_study.training.order import place
+from mla_study.training.data.ode_pairs import OdePairs
+from mla_study.training.data.order import place
 
 ENCODE = WordHash(4, 3)
 SHAPE = (3, 2, 5, 4)  # C, F, h, w

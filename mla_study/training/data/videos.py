@@ -23,9 +23,9 @@ from mla_study.rollout.clips import fitted, read_clip
 from mla_study.rollout.prompts import Encoder
 from mla_study.study.runs import atomic_write, file_sha256
 from mla_study.training.batch import Batch
-from mla_study.training.captions import Captioned
-from mla_study.training.order import place
-from mla_study.training.shards import Shards, alone
+from mla_study.training.data.captions import Captioned
+from mla_study.training.data.order import place
+from mla_study.training.data.shards import Shards, alone
 
 CACHE = ".mla_study"
 """Folder beside the data that holds what was made of them."""

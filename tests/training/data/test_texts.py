@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mla_study.errors import UserError
-from mla_study.training.shards import Shards
-from mla_study.training.texts import Texts, fingerprint, ready
+from mla_study.training.data.shards import Shards
+from mla_study.training.data.texts import Texts, fingerprint, ready
 
 
 class Counting:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mla_study.errors import UserError
 from mla_study.model.embeddings import padded, short
 from mla_study.rollout.prompts import Encoder
-from mla_study.training.shards import Shards
+from mla_study.training.data.shards import Shards
 
 Rows = Callable[[Sequence[str]], list[Tensor]]
 """Prompts to their embeddings [t, E] without padding."""

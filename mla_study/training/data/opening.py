@@ -20,12 +20,12 @@ from mla_study.config import ModelConfig
 from mla_study.errors import UserError
 from mla_study.rollout.prompts import UMT5_WIDTH, Encoder
 from mla_study.training.batch import Batch, Data
-from mla_study.training.captions import Check, read_folder, read_prompts
-from mla_study.training.ode_pairs import OdePairs
-from mla_study.training.order import place
-from mla_study.training.texts import Rows, Texts, fingerprint, ready
-from mla_study.training.videos import CACHE, ClipEncoder, Shot, VideoFolder, kept_in
-from mla_study.training.world_data import WorldData
+from mla_study.training.data.captions import Check, read_folder, read_prompts
+from mla_study.training.data.ode_pairs import OdePairs
+from mla_study.training.data.order import place
+from mla_study.training.data.texts import Rows, Texts, fingerprint, ready
+from mla_study.training.data.videos import CACHE, ClipEncoder, Shot, VideoFolder, kept_in
+from mla_study.training.data.world_data import WorldData
 from mla_study.world.codec import Codec
 
 

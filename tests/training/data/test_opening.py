@@ -10,8 +10,8 @@ from mla_study.config import mini, preset
 from mla_study.errors import UserError
 from mla_study.rollout.prompts import WordHash
 from mla_study.training.batch import Data
-from mla_study.training.data import Prompts, open_data
-from mla_study.training.order import place
+from mla_study.training.data.opening import Prompts, open_data
+from mla_study.training.data.order import place
 from mla_study.world.grammar import sample_captions
 from mla_study.world.text import CaptionEncoder
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from mla_study.errors import UserError
 from mla_study.rollout.prompts import Encoder
 from mla_study.training.batch import Batch
-from mla_study.training.order import place
-from mla_study.training.texts import ready
+from mla_study.training.data.order import place
+from mla_study.training.data.texts import ready
 
 
 class OdePairs:

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from mla_study.errors import UserError
-from mla_study.training.captions import read_folder, read_prompts
+from mla_study.training.data.captions import read_folder, read_prompts
 from mla_study.world.grammar import parse_caption
 
 ROWS = [{"file": "b.mp4", "caption": "a cat, asleep"}, {"file": "a.mp4", "caption": "ein Hund ü"}]

@@ -9,8 +9,8 @@ from training.clips import levels, write_video
 
 from mla_study.errors import UserError
 from mla_study.rollout.prompts import WordHash
-from mla_study.training.captions import read_folder
-from mla_study.training.videos import ClipEncoder, Shot, VideoFolder
+from mla_study.training.data.captions import read_folder
+from mla_study.training.data.videos import ClipEncoder, Shot, VideoFolder
 
 
 class Halving:

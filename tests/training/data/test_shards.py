@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mla_study.errors import UserError
-from mla_study.training.shards import Shards
+from mla_study.training.data.shards import Shards
 
 KILLED = """
 import os, signal, sys, torch, safetensors.torch
 from pathlib import Path
-from mla_study.training.shards import Shards
+from mla_study.training.data.shards import Shards
 save = safetensors.torch.save_file
 def dies(tensors, path):
     save(tensors, path)
