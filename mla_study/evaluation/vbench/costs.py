@@ -90,6 +90,7 @@ def look_into(path: Path) -> Folder:
 def _frames(file: Path) -> int | None:
     try:
         import av
+        from av.error import FFmpegError
     except ImportError:
         return None
     try:
@@ -99,7 +100,7 @@ def _frames(file: Path) -> int | None:
                 return stream.frames
             if stream.average_rate and container.duration:
                 return round(float(stream.average_rate) * container.duration / av.time_base)
-    except (av.FFmpegError, IndexError, OSError):
+    except (FFmpegError, IndexError, OSError):
         return None
     return None
 

@@ -22,7 +22,6 @@ from mla_study.evaluation.vbench.environment import (
     PINS,
     PINS_DETECTRON2,
     PINS_LONG,
-    SET_UP,
     Devices,
     Environment,
     ask_devices,
@@ -30,18 +29,23 @@ from mla_study.evaluation.vbench.environment import (
     told_differences,
 )
 from mla_study.evaluation.vbench.weights import (
+    DETECTRON2,
     ITEMS,
     Mode,
     State,
+    find_detectron2,
+    folder,
+    look,
     needed_by,
-    path_of,
     size_text,
-    state,
-    weights_folder,
 )
 
-DETECTRON2 = "detectron2"
-ROWS = (*SCORERS, "static_filter")
+ROWS = (
+    *SCORERS,
+    "static_filter",
+    "long.clip2clip.subject_consistency",
+    "long.clip2clip.background_consistency",
+)
 """What a report has a row for: the 16 first."""
 
 
@@ -110,42 +114,37 @@ def examine(
         UserError: an unknown dimension, or a folder that cannot be read.
     """
     asked = _asked(dimensions, mode)
-    folder = weights_folder(weights)
+    root = folder(weights)
     seen = None if videos is None else _look(videos)
     found, problem = _environment(environment)
     wrong = _wrong(found, mode)
-    had, told = _detectron2(detectron2, folder, found, trust)
+    had, told = _detectron2(detectron2, root, found, trust)
     states: dict[str, State] = {}
     rows: list[Row] = []
     for name in ROWS:
-        lacks: list[str] = []
-        for key in needed_by(name, mode):
-            if key == DETECTRON2 and had:
-                continue
-            if key not in states:
-                states[key] = state(key, folder)
-            if not states[key].usable(trust):
-                lacks.append(key)
+        keys = needed_by(name, mode)
+        states |= {key: look(key, root) for key in keys if key not in states}
+        lacks = [key for key in keys if not states[key].usable(trust)]
+        if name in DIMENSIONS and DIMENSIONS[name].detectron2 and not had:
+            lacks.append(DETECTRON2)
         troubles: list[str] = []
         if name not in NATIVE and (problem or wrong):
             troubles.append("no environment" if problem else "environment's versions")
-        if name in DIMENSIONS and DIMENSIONS[name].detectron2 and not had:
-            lacks = list(dict.fromkeys([*lacks, DETECTRON2]))
-        if mode == "custom" and name in SCORERS and not is_free(name):
-            troubles.append("needs a prompt")
+        if mode == "custom" and name in DIMENSIONS and not is_free(name):
+            troubles.append("needs VBench's prompts")
         cost = cost_of(name)
         seconds = cost.seconds(seen.videos, seen.frames) if seen else None
         rows.append(Row(name, name in asked, tuple(lacks), tuple(troubles), cost.gib, seconds))
     return Report(
         mode,
-        folder,
+        root,
         tuple(rows),
         states,
         problem or wrong or _described(found),
         not (problem or wrong),
         _devices(found).text(),
         told,
-        _free_gb(folder),
+        _free_gb(root),
         memory_gib(),
         seen,
         trust,
@@ -154,13 +153,13 @@ def examine(
 
 def text(report: Report) -> str:
     """The report for a reader: one table, then what is missing, each item once."""
-    lines = [f"{'dimension':<28}{'ready':<7}{'GiB':>6}{'time':>9}  lacks"]
+    lines = [f"{'dimension':<40}{'ready':<7}{'GiB':>6}{'time':>9}  lacks"]
     for row in report.rows:
         if row.name not in DIMENSIONS and not row.asked:
             continue
         lines.append(_line(row))
     others = [row for row in report.rows if row.name not in DIMENSIONS and not row.asked]
-    lines += ["substitutes, extras, filter:", *(_line(row) for row in others)]
+    lines += ["others:", *(_line(row) for row in others)]
     lines += [
         "",
         f"environment: {report.environment}",
@@ -232,7 +231,7 @@ def _entry(key: str, report: Report) -> dict[str, Any]:
         "kind": item.kind,
         "place": str(report.weights / item.place),
         "state": found.name if found else "missing",
-        "sentence": found.sentence if found else report.detectron2,
+        "sentence": found.sentence if found else f"detectron2: {report.detectron2}",
         "bytes": item.size,
         "bytes_exact": item.size is not None and not item.about,
         "sha256": item.sha256,
@@ -250,7 +249,7 @@ def _told(key: str, report: Report) -> list[str]:
     if item.sha256:
         more = "…" if item.hash_from == "name" else ""
         digest = f"{item.sha256}{more} ({_HASHES[item.hash_from]})"
-    of = " of the archive" if item.kind == "folder" else ""
+    of = " of the archive" if item.kind == "folder" and item.size else ""
     size = "code" if item.is_code else size_text(item) + of
     lines = [
         f"  {key}: {item.what}; {size}",
@@ -278,7 +277,7 @@ def _line(row: Row) -> str:
     mark = "yes" if row.ready else "no"
     gib = "–" if row.gib is None else f"{row.gib:.1f}"
     lacks = ", ".join([*row.troubles, *row.lacks])
-    return f"{row.name:<28}{mark:<7}{gib:>6}{time_text(row.seconds):>9}  {lacks}".rstrip()
+    return f"{row.name:<40}{mark:<7}{gib:>6}{time_text(row.seconds):>9}  {lacks}".rstrip()
 
 
 def _asked(dimensions: Sequence[str], mode: Mode) -> tuple[str, ...]:
@@ -310,7 +309,11 @@ def _wrong(found: Environment | None, mode: Mode) -> str:
         return ""
     pins = {**PINS, **(PINS_LONG if mode == "long" else {})}
     wrong = found.differences(pins)
-    return f"{found.root} has {told_differences(wrong, pins)}: {SET_UP} right" if wrong else ""
+    return (
+        f"{found.root} has {told_differences(wrong, pins)}: `make setup-vbench` puts that right"
+        if wrong
+        else ""
+    )
 
 
 def _described(found: Environment | None) -> str:
@@ -329,25 +332,19 @@ def _detectron2(
 ) -> tuple[bool, str]:
     """Whether it is usable, and one line on it."""
     lacking = {} if found is None else found.differences(PINS_DETECTRON2)
-    needs = told_differences(lacking, PINS_DETECTRON2) if lacking else ""
-    if needs:
+    if lacking:
+        needs = told_differences(lacking, PINS_DETECTRON2)
         return False, f"cannot be imported in the environment: {needs}"
-    if given is not None:
-        if not (given / "detectron2" / "__init__.py").is_file():
-            raise UserError(
-                f"{given} is no checkout of detectron2: it has no detectron2/__init__.py"
-            )
-        return True, f"{given.expanduser().absolute()} (a checkout of yours)"
-    if found is not None and DETECTRON2 in found.versions:
-        return True, f"{found.versions[DETECTRON2]}, installed in the environment"
-    here = state(DETECTRON2, weights)
-    if here.usable(trust):
-        return True, f"{path_of(DETECTRON2, weights)}"
-    item = ITEMS[DETECTRON2]
-    return False, (
-        f"{here.sentence}, or check out github.com/facebookresearch/detectron2 at "
-        f"{item.revision[:8]} and give --detectron2 PATH"
-    )
+    installed = found is not None and DETECTRON2 in found.versions
+    if given is None and installed:
+        return True, "installed in the environment"
+    try:
+        place = find_detectron2(given, weights, trust=trust)
+    except UserError as error:
+        if given is not None:
+            raise
+        return False, str(error)
+    return True, str(place)
 
 
 def _free_gb(folder: Path) -> float | None:

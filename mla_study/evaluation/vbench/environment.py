@@ -7,6 +7,7 @@ imported here: versions are read off its folders.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -68,6 +69,12 @@ class Environment:
     root: Path
     python: Path
     versions: Mapping[str, str] = field(repr=False)
+    site: Path = Path()
+
+    @property
+    def package(self) -> Path:
+        """The folder of VBench's own package."""
+        return self.site / "vbench"
 
     def differences(self, pins: Mapping[str, str] = PINS) -> dict[str, str | None]:
         """Packages whose version is not the pinned one -> the version here, None if absent."""
@@ -102,7 +109,7 @@ def find_environment(given: Path | None = None) -> Environment:
     libraries = sorted((root / "lib").glob("python3.*/site-packages"))
     if not libraries:
         raise UserError(f"{root} has no lib/python3.*/site-packages: {SET_UP} anew")
-    found = Environment(root, python, _versions(libraries[-1]))
+    found = Environment(root, python, _versions(libraries[-1]), libraries[-1])
     if "vbench" not in found.versions:
         raise UserError(f"the environment {root} has no VBench: {SET_UP}")
     return found
@@ -193,6 +200,16 @@ def ask_devices(environment: Environment, timeout_s: float = 120.0) -> Devices:
             return Devices(tuple(f"{gpu['name']}, {gpu['gib']:g} GiB" for gpu in found))
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     return Devices(problem=f"its torch cannot be imported: {last[:200]}")
+
+
+@functools.cache
+def _gpus(python: Path) -> int:
+    return len(ask_devices(Environment(python.parents[1], python, {})).gpus)
+
+
+def gpus(environment: Environment) -> int:
+    """How many GPUs the environment's torch sees; asked once a process, 0 where it cannot say."""
+    return _gpus(environment.python)
 
 
 def _project() -> Path:

@@ -286,7 +286,7 @@ _ALL = (
 ITEMS: dict[str, Item] = {item.key: item for item in _ALL}
 """Everything, by key."""
 
-_GRIT = ("grit", "bert_vocabulary", "detectron2")
+_GRIT = ("grit", "bert_vocabulary")  # and detectron2, which may be installed or a checkout
 _CLIP_T = tuple(key for key in ITEMS if key.startswith("clip_t/"))
 NEEDS: dict[str, tuple[str, ...]] = {
     "subject_consistency": ("dino_hub", "dino_vitb16"),

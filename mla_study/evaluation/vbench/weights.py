@@ -26,19 +26,22 @@ __all__ = [
     "Item",
     "Mode",
     "State",
+    "amount",
     "code_sha256",
+    "find_detectron2",
     "fingerprint",
+    "folder",
     "is_random",
+    "look",
     "needed_by",
     "path_of",
-    "require",
     "size_text",
     "state",
-    "weights_folder",
 ]
 
 CACHE = ".sha256.json"
 RANDOM = "RANDOM_WEIGHTS.json"
+DETECTRON2 = "detectron2"
 TRUST = "--trust-weights"
 _ASSETS = "MLA_STUDY_ASSETS"
 
@@ -50,42 +53,41 @@ class State:
     """What is at an item's place.
 
     Attributes:
-        name: ``unknown`` is there, whole as far as one can tell, but vouched for by nobody.
+        name: ``unknown`` is there, whole as far as one can tell, but vouched for by nobody: the
+            user's word (``--trust-weights``) makes it usable.
         sentence: why, with what to do; empty where it is ready.
-        trusting: whether the user's word (``--trust-weights``) makes it usable.
         sha256: of the file, or of a folder's code, where it was computed.
     """
 
     name: Name
     sentence: str = ""
-    trusting: bool = False
     sha256: str | None = None
 
     def usable(self, trust: bool = False) -> bool:
         """Whether a worker may read it."""
-        return self.name == "ready" or (trust and self.trusting)
+        return self.name == "ready" or (trust and self.name == "unknown")
 
 
-def weights_folder(given: Path | None = None) -> Path:
+def folder(given: Path | None = None) -> Path:
     """The weights folder: the argument, VBENCH_CACHE_DIR, or ``~/.cache/vbench``; may be absent.
 
     Raises:
         UserError: it is no folder, or cannot be read.
     """
     told = os.environ.get("VBENCH_CACHE_DIR")
-    folder = given or (Path(told) if told else Path.home() / ".cache" / "vbench")
-    folder = folder.expanduser().absolute()
+    place = given or (Path(told) if told else Path.home() / ".cache" / "vbench")
+    place = place.expanduser().absolute()
     try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file, but the weights need a folder: name another")
-        if folder.is_dir():
-            next(folder.iterdir(), None)
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file, but the weights need a folder: name another")
+        if place.is_dir():
+            next(place.iterdir(), None)
     except OSError as error:
         raise UserError(
-            f"the weights folder {folder} cannot be read ({error.strerror or error}): "
+            f"the weights folder {place} cannot be read ({error.strerror or error}): "
             "check its rights"
         ) from None
-    return folder
+    return place
 
 
 def path_of(key: str, weights: Path) -> Path:
@@ -100,7 +102,13 @@ def path_of(key: str, weights: Path) -> Path:
     return place
 
 
-def state(key: str, weights: Path) -> State:
+def state(key: str, weights: Path) -> tuple[Name, str]:
+    """What is at an item's place, and the sentence that says why, as :func:`look` finds it."""
+    found = look(key, weights)
+    return found.name, found.sentence
+
+
+def look(key: str, weights: Path) -> State:
     """Look at an item's place, and hash what is there unless that was done before.
 
     Raises:
@@ -114,7 +122,6 @@ def state(key: str, weights: Path) -> State:
                 "unknown",
                 f"{path} holds random numbers ({RANDOM} says so), so its scores mean nothing: "
                 f"{TRUST} uses it all the same",
-                trusting=True,
             )
         if item.kind in ("file", "package"):
             return _file_state(item, path, weights)
@@ -125,30 +132,36 @@ def state(key: str, weights: Path) -> State:
         ) from None
 
 
-def require(
-    scorers: Iterable[str],
+def find_detectron2(
+    given: Path | None,
     weights: Path,
-    mode: Mode = "short",
+    installed: bool = False,
     *,
     trust: bool = False,
-    without: Iterable[str] = (),
-) -> None:
-    """Refuse to start where something is missing, damaged or vouched for by nobody.
+) -> Path | None:
+    """The checkout to put on a worker's path, or None where the environment has it installed.
 
     Args:
-        trust: the user vouches for what nobody else does.
-        without: keys that are had otherwise (``detectron2`` installed, say).
+        given: the user's own checkout, taken as it is; else ``WEIGHTS/detectron2`` is.
+        installed: whether the environment has it.
 
     Raises:
-        UserError: tells of the first such item, and how many more there are.
+        UserError: it is nowhere, or the code below the weights is of another revision.
     """
-    keys = [key for scorer in scorers for key in needed_by(scorer, mode)]
-    wanted = [key for key in dict.fromkeys(keys) if key not in set(without)]
-    found = [state(key, weights) for key in wanted]
-    bad = [one.sentence for one in found if not one.usable(trust)]
-    if bad:
-        more = f"; {len(bad) - 1} more: `mla-study vbench doctor` lists them" if bad[1:] else ""
-        raise UserError(f"{bad[0]}{more}")
+    item = ITEMS[DETECTRON2]
+    if given is not None:
+        if not (given / item.contains[0]).is_file():
+            raise UserError(f"{given} is no checkout of detectron2: it has no {item.contains[0]}")
+        return given.expanduser().absolute()
+    if installed:
+        return None
+    found = look(DETECTRON2, weights)
+    if found.usable(trust):
+        return path_of(DETECTRON2, weights)
+    raise UserError(
+        f"{found.sentence}, or check out github.com/facebookresearch/detectron2 at "
+        f"{item.revision[:8]} and give --detectron2 PATH"
+    )
 
 
 def fingerprint(scorer: str, weights: Path, mode: Mode = "short") -> dict[str, str]:
@@ -197,15 +210,16 @@ def size_text(item: Item) -> str:
     """``354.0 MB (353,976,522 bytes)``, or how little is known."""
     if item.size is None:
         return "size not published"
-    amount = _amount(item.size)
-    return f"about {amount}" if item.about else f"{amount} ({item.size:,} bytes)"
+    told = amount(item.size)
+    return f"about {told}" if item.about else f"{told} ({item.size:,} bytes)"
 
 
-def _amount(size: float) -> str:
+def amount(size: float) -> str:
+    """Bytes in GB, MB or kB."""
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= power:
             return f"{size / power:.1f} {unit}"
-    return f"{size:g} bytes"
+    return f"{size:.0f} bytes"
 
 
 def _file_state(item: Item, path: Path, weights: Path) -> State:
@@ -223,7 +237,6 @@ def _file_state(item: Item, path: Path, weights: Path) -> State:
         return State(
             "unknown",
             f"no sha256 is published for {path}: {TRUST} uses it on your word",
-            trusting=True,
             sha256=_cached_sha256(path, weights),
         )
     digest = _cached_sha256(path, weights)
@@ -231,10 +244,9 @@ def _file_state(item: Item, path: Path, weights: Path) -> State:
         return State("ready", sha256=digest)
     if item.hash_from == "recorded":
         return State(
-            "damaged",
+            "unknown",
             f"{path} has sha256 {digest[:12]}… instead of the {item.sha256[:12]}… that others had: "
             f"remove it, and {get(item)}; or vouch for it by {TRUST}",
-            trusting=True,
             sha256=digest,
         )
     return State(
@@ -259,12 +271,9 @@ def _folder_state(item: Item, path: Path) -> State:
             "unknown",
             f"the code in {path} is not that of revision {item.revision[:8]}: check that out, or "
             f"vouch for it by {TRUST}",
-            trusting=True,
             sha256=digest,
         )
-    return State(
-        "unknown", f"no sha256 is published for {path}: {TRUST} uses it on your word", trusting=True
-    )
+    return State("unknown", f"no sha256 is published for {path}: {TRUST} uses it on your word")
 
 
 def get(item: Item) -> str:
