@@ -34,10 +34,10 @@ from mla_study.evaluation.vbench.weights import (
     Mode,
     State,
     find_detectron2,
-    folder,
     look,
     needed_by,
     size_text,
+    weights_folder,
 )
 
 ROWS = (
@@ -114,7 +114,7 @@ def examine(
         UserError: an unknown dimension, or a folder that cannot be read.
     """
     asked = _asked(dimensions, mode)
-    root = folder(weights)
+    root = weights_folder(weights)
     seen = None if videos is None else _look(videos)
     found, problem = _environment(environment)
     wrong = _wrong(found, mode)

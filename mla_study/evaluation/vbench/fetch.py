@@ -32,9 +32,9 @@ from mla_study.evaluation.vbench.weights import (
     Mode,
     amount,
     code_sha256,
-    folder,
     look,
     needed_by,
+    weights_folder,
 )
 from mla_study.study.runs import file_sha256
 
@@ -64,7 +64,7 @@ def fetch_weights(
     Raises:
         UserError: an unknown dimension, a bad mirror, a full disk, a folder that cannot be written.
     """
-    root = folder(to)
+    root = weights_folder(to)
     base = _mirror(mirror)
     wanted = plan(root, dimensions, mode)
     _say(

@@ -30,13 +30,14 @@ __all__ = [
     "code_sha256",
     "find_detectron2",
     "fingerprint",
-    "folder",
     "is_random",
     "look",
     "needed_by",
     "path_of",
+    "require",
     "size_text",
     "state",
+    "weights_folder",
 ]
 
 CACHE = ".sha256.json"
@@ -68,7 +69,7 @@ class State:
         return self.name == "ready" or (trust and self.name == "unknown")
 
 
-def folder(given: Path | None = None) -> Path:
+def weights_folder(given: Path | None = None) -> Path:
     """The weights folder: the argument, VBENCH_CACHE_DIR, or ``~/.cache/vbench``; may be absent.
 
     Raises:
@@ -130,6 +131,34 @@ def look(key: str, weights: Path) -> State:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}): check its rights"
         ) from None
+
+
+def require(
+    scorers: Iterable[str],
+    weights: Path,
+    mode: Mode = "short",
+    *,
+    trust: bool = False,
+    without: Iterable[str] = (),
+) -> None:
+    """Refuse to start where something is missing, damaged or vouched for by nobody.
+
+    Of detectron2 see :func:`find_detectron2`.
+
+    Args:
+        trust: the user vouches for what nobody else does.
+        without: keys of what is had otherwise.
+
+    Raises:
+        UserError: tells of the first such item, and how many more there are.
+    """
+    keys = [key for scorer in scorers for key in needed_by(scorer, mode)]
+    had = set(without)
+    found = [look(key, weights) for key in dict.fromkeys(keys) if key not in had]
+    bad = [one.sentence for one in found if not one.usable(trust)]
+    if bad:
+        more = f"; {len(bad) - 1} more: `mla-study vbench doctor` lists them" if bad[1:] else ""
+        raise UserError(f"{bad[0]}{more}")
 
 
 def find_detectron2(

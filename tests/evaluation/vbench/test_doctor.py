@@ -113,6 +113,17 @@ def test_a_hash_that_was_only_recorded_can_be_overruled(
     assert "motion_smoothness" in ready(examine(weights=home, trust=True))
 
 
+def test_a_run_is_refused_in_one_sentence(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights.require(["temporal_flickering"], home)
+    with pytest.raises(UserError, match=r"ViT-L-14\.pt is missing.*; 1 more: .*doctor"):
+        weights.require(["aesthetic_quality"], home)
+    places.small(monkeypatch, "dino_vitb16", b"dino", sha256=None)
+    places.put(home, "dino_vitb16", b"dino")
+    with pytest.raises(UserError, match="--trust-weights uses it on your word"):
+        weights.require(["subject_consistency"], home, without=["dino_hub"])
+    weights.require(["subject_consistency"], home, without=["dino_hub"], trust=True)
+
+
 def test_hashes_are_kept_by_size_and_time(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places.small(monkeypatch, "amt_s", b"amt")
     path = places.put(home, "amt_s", b"amt")
