@@ -43,7 +43,8 @@ class Doctor:
         """Look, print, and return the exit code."""
         import json
 
-        from mla_study.evaluation.vbench.doctor import document, examine, text
+        from mla_study.evaluation.vbench.doctor import examine
+        from mla_study.evaluation.vbench.doctor_text import document, text
 
         report = examine(
             dimensions=_words(self.dimensions),

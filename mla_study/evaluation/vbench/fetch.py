@@ -32,6 +32,7 @@ from mla_study.evaluation.vbench.weights import (
     Mode,
     amount,
     code_sha256,
+    keys_for,
     look,
     needed_by,
     weights_folder,
@@ -96,7 +97,7 @@ def plan(root: Path, dimensions: Sequence[str] = (), mode: Mode = "short") -> Wa
     names = choose(dimensions) if dimensions else tuple(DIMENSIONS)
     if mode == "custom" and not dimensions:
         names = tuple(name for name in names if is_free(name))
-    keys = [key for name in names for key in needed_by(name, mode)]
+    keys = [key for name in names for key in keys_for(name, root, mode)]
     if any(name in DIMENSIONS and DIMENSIONS[name].detectron2 for name in names):
         keys.append(DETECTRON2)
     if "temporal_flickering" in names and mode == "short":

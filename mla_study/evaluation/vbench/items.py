@@ -272,14 +272,14 @@ _ALL = (
     Item(
         "hpsv3", "hpsv3/HPSv3.safetensors",
         f"{_HUB}/MizzenAI/HPSv3/resolve/main/HPSv3.safetensors",
-        "see huggingface.co/MizzenAI/HPSv3", "HPSv3", size=16_000_000_000, about=True,
+        "see huggingface.co/MizzenAI/HPSv3", "HPSv3", size=17_000_000_000, about=True,
     ),
     Item(
         "qwen2_vl", "hpsv3/Qwen2-VL-7B-Instruct", f"{_HUB}/Qwen/Qwen2-VL-7B-Instruct",
-        "Apache-2.0", "Qwen2-VL-7B: HPSv3's configuration and tokenizer", kind="folder",
+        "Apache-2.0", "Qwen2-VL-7B, which HPSv3 is built on", kind="folder",
+        size=17_000_000_000, about=True,
         contains=("config.json", "tokenizer.json", "preprocessor_config.json"),
-        by_hand="hf download Qwen/Qwen2-VL-7B-Instruct --include '*.json' '*.txt' --local-dir "
-        "the folder of its place",
+        by_hand="hf download Qwen/Qwen2-VL-7B-Instruct --local-dir the folder of its place",
     ),
 )  # fmt: skip
 
@@ -287,7 +287,10 @@ ITEMS: dict[str, Item] = {item.key: item for item in _ALL}
 """Everything, by key."""
 
 _GRIT = ("grit", "bert_vocabulary")  # and detectron2, which may be installed or a checkout
-_CLIP_T = tuple(key for key in ITEMS if key.startswith("clip_t/"))
+CLIP_T = "clip_t"
+CLIP_T_KEYS = tuple(key for key in ITEMS if key.startswith(f"{CLIP_T}/"))
+"""What CLIP-T and CLIP-F read in place of VBench's CLIP where there is a folder of that name."""
+_CLIP_T = ("clip_b32", "clip_vocabulary")
 NEEDS: dict[str, tuple[str, ...]] = {
     "subject_consistency": ("dino_hub", "dino_vitb16"),
     "background_consistency": ("clip_b32",),

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mla_study.errors import UserError
-from mla_study.evaluation.vbench.items import ITEMS, NEEDS, Item, Mode, needed_by
+from mla_study.evaluation.vbench.items import (
+    CLIP_T,
+    CLIP_T_KEYS,
+    ITEMS,
+    NEEDS,
+    Item,
+    Mode,
+    needed_by,
+)
 from mla_study.study.runs import atomic_write, file_sha256
 
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "find_detectron2",
     "fingerprint",
     "is_random",
+    "keys_for",
     "look",
     "needed_by",
     "path_of",
@@ -89,6 +98,19 @@ def weights_folder(given: Path | None = None) -> Path:
             "check its rights"
         ) from None
     return place
+
+
+def keys_for(scorer: str, weights: Path, mode: Mode = "short") -> tuple[str, ...]:
+    """Keys of what a scorer reads in this folder: :func:`needed_by`, but for CLIP-T and CLIP-F the
+    folder ``clip_t`` where it is there.
+
+    Raises:
+        KeyError: no such scorer.
+    """
+    keys = needed_by(scorer, mode)
+    if scorer in ("clip_t", "clip_f") and (weights / CLIP_T).is_dir():
+        return CLIP_T_KEYS
+    return keys
 
 
 def path_of(key: str, weights: Path) -> Path:
@@ -152,7 +174,7 @@ def require(
     Raises:
         UserError: tells of the first such item, and how many more there are.
     """
-    keys = [key for scorer in scorers for key in needed_by(scorer, mode)]
+    keys = [key for scorer in scorers for key in keys_for(scorer, weights, mode)]
     had = set(without)
     found = [look(key, weights) for key in dict.fromkeys(keys) if key not in had]
     bad = [one.sentence for one in found if not one.usable(trust)]
@@ -199,7 +221,7 @@ def fingerprint(scorer: str, weights: Path, mode: Mode = "short") -> dict[str, s
     Of a folder of code that of its Python files, of another folder that of each file.
     """
     found: dict[str, str] = {}
-    for key in needed_by(scorer, mode):
+    for key in keys_for(scorer, weights, mode):
         item, path = ITEMS[key], path_of(key, weights)
         if item.is_code:
             if path.is_dir():

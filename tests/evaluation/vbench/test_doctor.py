@@ -13,13 +13,14 @@ from mla_study.commands.vbench_weights import Doctor
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench import weights
 from mla_study.evaluation.vbench.dimensions import DIMENSIONS, SCORERS
-from mla_study.evaluation.vbench.doctor import Report, examine, text
+from mla_study.evaluation.vbench.doctor import Report, examine
+from mla_study.evaluation.vbench.doctor_text import text
 from mla_study.evaluation.vbench.environment import (
     find_environment,
     require_versions,
     variables,
 )
-from mla_study.evaluation.vbench.items import ITEMS, NEEDS, needed_by
+from mla_study.evaluation.vbench.items import CLIP_T_KEYS, ITEMS, NEEDS, needed_by
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_every_scorer_and_every_item_is_in_the_tables() -> None:
     assert set(SCORERS) <= set(NEEDS)
     for name in NEEDS:
         assert all(key in ITEMS for key in needed_by(name, "long"))
-    used = {key for name in NEEDS for key in needed_by(name)} | {weights.DETECTRON2}
+    used = {key for name in NEEDS for key in needed_by(name)} | {weights.DETECTRON2, *CLIP_T_KEYS}
     assert used == set(ITEMS)
     for item in ITEMS.values():
         assert not Path(item.place).is_absolute() and ".." not in Path(item.place).parts
@@ -59,7 +60,7 @@ def test_an_empty_folder_makes_only_flickering_ready(home: Path) -> None:
     assert shown.splitlines()[1].startswith("subject_consistency")
     assert "1 of 16 asked for are ready" in shown
     lines = shown.splitlines()
-    for key in ITEMS:
+    for key in set(ITEMS) - set(CLIP_T_KEYS):
         assert sum(line.startswith(f"  {key}: ") for line in lines) == 1, key
         assert str(home / ITEMS[key].place) in shown
         assert ITEMS[key].url in shown
@@ -137,6 +138,19 @@ def test_hashes_are_kept_by_size_and_time(home: Path, monkeypatch: pytest.Monkey
     path.write_bytes(b"AMT")
     os.utime(path, ns=(1, 1))
     assert weights.fingerprint("motion_smoothness", home) != first
+
+
+def test_clip_t_reads_its_own_folder_where_there_is_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("clip_b32", "clip_vocabulary"):
+        places.small(monkeypatch, key, b"clip")
+        places.put(home, key, b"clip")
+    assert {"clip_t", "clip_f"} <= ready(examine(weights=home))
+    (home / "clip_t").mkdir()
+    assert not {"clip_t", "clip_f"} & ready(examine(weights=home))
+    with pytest.raises(UserError, match=r"clip_t/pytorch_model\.bin is missing"):
+        weights.require(["clip_t"], home)
 
 
 def test_random_weights_say_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
