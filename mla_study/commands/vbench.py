@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mla_study.commands.vbench_weights import Doctor, FetchWeights
 from mla_study.errors import UserError
 
 _EXIT_INTERRUPTED, _EXIT_UNFINISHED = 130, 2
@@ -87,9 +88,14 @@ class Run:
         scorers = scorers_for(self.mode, names or ["all"])
         other = [name for name in scorers if name not in dimensions.NATIVE]
         found = environment.find_environment(self.environment) if other else None
-        place = Place(
-            weights.weights_folder(self.weights), found, self.detectron2, self.trust_weights
-        )
+        folder, detectron2 = weights.weights_folder(self.weights), self.detectron2
+        known = dimensions.DIMENSIONS
+        if found and any(known[name].detectron2 for name in scorers if name in known):
+            installed = "detectron2" in found.versions
+            detectron2 = weights.find_detectron2(
+                detectron2, folder, installed, trust=self.trust_weights
+            )
+        place = Place(folder, found, detectron2, self.trust_weights)
         devices, threads = _slots(self.device, self.workers, found)
         long = None
         if self.mode == "long":
@@ -150,7 +156,9 @@ class Compare:
 
 
 VBenchCommand = (
-    Annotated[Run, tyro.conf.subcommand("run")]
+    Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[FetchWeights, tyro.conf.subcommand("fetch-weights")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
 )
 
@@ -182,7 +190,7 @@ def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, 
     cores = len(os.sched_getaffinity(0))
     gpus = 0
     if device != "cpu" and isinstance(found, environment.Environment):
-        gpus = len(environment.ask_devices(found).gpus)
+        gpus = environment.gpus(found)
     if device.startswith("cuda") and not gpus:
         raise UserError(f"--device {device}, but VBench's PyTorch sees no GPU: give cpu or auto")
     if device == "cpu" or not gpus:

@@ -167,12 +167,13 @@ def make_plan(
         UserError: weights are missing or damaged, or unknown and not trusted.
     """
     plan = Plan()
-    without = () if place.detectron2 is None else ("detectron2",)
     for scorer in scorers:
-        weights.require([scorer], place.weights, mode, trust=place.trust, without=without)
+        weights.require([scorer], place.weights, mode, trust=place.trust)
         hashes = weights.fingerprint(scorer, place.weights, mode)
         plan.weights[scorer] = dict(hashes)
-        plan.random |= weights.is_random(place.weights, weights.needed_by(scorer, mode))
+        plan.random |= weights.is_random(
+            place.weights, weights.keys_for(scorer, place.weights, mode)
+        )
         version = version_of(scorer, hashes)
         for number, video in enumerate(asked[scorer]):
             facts = told(scorer, video, suite)
