@@ -128,7 +128,7 @@ def markdown(
                 if _is_quoted(column, number in quoted)
                 else ""
             )
-            shown.append(f"{mark}{text}{mark}" if text != MISSING else text)
+            shown.append(f"{mark}{text}{mark}" if text not in ("", MISSING) else text)
         lines.append(_row(shown))
     for note in notes:
         lines += ["", note]
