@@ -84,7 +84,7 @@ def means(frame: pd.DataFrame, without: str = "") -> pd.Series[float]:
 
 def quoted(paper: pd.DataFrame) -> pd.DataFrame:
     """The paper's rows with ``mean`` and the ranks of :data:`RANK` among those of one length."""
-    rows = [{str(k): v for k, v in row.items()} for row in paper.to_dict("records")]
+    rows = [{name: float(row[name]) for name in OVERALL_6} for row in paper.to_dict("records")]
     frame = paper.assign(mean=np.array([overall_6(row) for row in rows], dtype=float))
     for name, column in RANK.items():
         scores = means(paper, name)

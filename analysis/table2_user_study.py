@@ -10,6 +10,7 @@ Their intervals are from resampling raters, not ratings: those of one rater go t
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,20 +79,10 @@ def read_ratings(file: Path) -> pd.DataFrame:
         UserError: it cannot be read, a column is missing, a cell is empty or no number from 1 to
             5, or someone rated a video twice; the line is told.
     """
-    try:
-        frame = pd.read_csv(file, dtype=str, keep_default_na=False, skip_blank_lines=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as a CSV of ratings ({error})") from None
-    for column in FORMAT:
-        if column not in frame.columns:
-            raise UserError(
-                f"{file} has no column '{column}': its first line is {','.join(FORMAT)}"
-            )
-    if frame.empty:
-        raise UserError(f"{file} holds no rating: write a line a rater, model and prompt")
-    frame = frame[list(FORMAT)].apply(lambda column: column.str.strip())
-    seen: dict[tuple[str, str, str], int] = {}
-    for line, row in enumerate(frame.to_dict("records"), start=2):
+    rows: list[dict[str, str]] = []
+    seen: dict[tuple[str, ...], int] = {}
+    for line, cells in _lines(file):
+        row = dict(zip(FORMAT, cells, strict=True))
         for column in FORMAT[:3]:
             if not row[column]:
                 raise UserError(f"{file}, line {line}: {column} is empty: every rating names one")
@@ -101,14 +92,45 @@ def read_ratings(file: Path) -> pd.DataFrame:
                     f"{file}, line {line}: {column} is '{row[column]}', but a rating is a number "
                     f"from {LOWEST} to {HIGHEST}"
                 )
-        key = (row["rater"], row["model"], row["prompt"])
+        key = tuple(cells[:3])
         if key in seen:
             raise UserError(
                 f"{file}, line {line}: {key[0]} rated {key[1]} on '{key[2]}' on line {seen[key]} "
                 "already: keep one of the two"
             )
         seen[key] = line
-    return frame.astype(dict.fromkeys(ASKED, float))
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{file} holds no rating: write a line a rater, model and prompt")
+    return pd.DataFrame(rows).astype(dict.fromkeys(ASKED, float))
+
+
+def _lines(file: Path) -> list[tuple[int, list[str]]]:
+    """Line number and the cells of :data:`FORMAT`, for each line that is not blank."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text)
+            head = [name.strip() for name in next(reader, [])]
+            found = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read as a CSV of ratings ({error})") from None
+    for column in FORMAT:
+        if column not in head:
+            raise UserError(
+                f"{file} has no column '{column}': its first line is {','.join(FORMAT)}"
+            )
+    places = [head.index(column) for column in FORMAT]
+    lines: list[tuple[int, list[str]]] = []
+    for line, cells in found:
+        if not any(cells):
+            continue
+        if len(cells) != len(head):
+            raise UserError(
+                f"{file}, line {line} has {len(cells)} cells, but the first line {len(head)}: put "
+                "text with commas in double quotes"
+            )
+        lines.append((line, [cells[place] for place in places]))
+    return lines
 
 
 def _is_rating(text: str) -> bool:
