@@ -32,7 +32,7 @@ PROVENANCE = ("paper-quoted", "measured")
 DATA = ("results/paper/table2_user_study.csv",)
 ROOT = Path(__file__).resolve().parents[1]
 ASKED = ("prompt_adherence", "temporal_consistency", "dynamic_consistency")
-FORMAT = ("rater", "model", "prompt", *ASKED)
+FORMAT: tuple[str, ...] = ("rater", "model", "prompt", *ASKED)
 SHORT = dict(zip(ASKED, ("prompt\nadherence", "temporal\nconsistency", "dynamic\nconsistency"),
                  strict=True))  # fmt: skip
 LOWEST, HIGHEST = 1, 5
@@ -82,7 +82,7 @@ def read_ratings(file: Path) -> pd.DataFrame:
     rows: list[dict[str, str]] = []
     seen: dict[tuple[str, ...], int] = {}
     for line, cells in _lines(file):
-        row = dict(zip(FORMAT, cells, strict=True))
+        row: dict[str, str] = dict(zip(FORMAT, cells, strict=True))
         for column in FORMAT[:3]:
             if not row[column]:
                 raise UserError(f"{file}, line {line}: {column} is empty: every rating names one")

@@ -56,7 +56,6 @@ MEASURED = (
     Column("own_low", "low", ".2f", under="4:1, 95 %", own=True),
     Column("own_high", "high", ".2f", under="4:1, 95 %", own=True),
     Column("dimensions", "of 16"),
-    Column("validity", "Validity"),
 )
 _DIGITS = 9
 
@@ -102,7 +101,8 @@ def measured(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_totals(rows: pd.DataFrame) -> pd.DataFrame:
-    """Both totals, and the rank by each within a group (none without a total, or alone)."""
+    """Both totals, and the rank by each within a group: of full rows that are not alone."""
+    full = rows["validity"] == "full" if "validity" in rows else pd.Series(True, rows.index)
     pairs = list(zip(_held(rows["quality"]), _held(rows["semantic"]), strict=True))
     rows = rows.assign(
         plain=pd.array([weighted_total(*pair) for pair in pairs], dtype="Float64"),
@@ -110,7 +110,7 @@ def with_totals(rows: pd.DataFrame) -> pd.DataFrame:
     )
     for name in SHARES:
         rows[name] = rows[name].astype(float).round(_DIGITS)
-        by_group = rows.groupby("group")[name]
+        by_group = rows[name].where(full).groupby(rows["group"])
         ranks = by_group.rank(ascending=False, method="min")
         alone = by_group.transform("count") < 2
         rows[f"rank_{name}"] = ranks.where(~alone).astype("Int64")
@@ -190,7 +190,10 @@ def draw(out_dir: str, runs: str = "") -> Figure:
     if mine.empty:
         notes.append(f"No short video of ours is scored. {vbench_rows.HOW}")
     else:
-        notes.append("Measured: a group with a dimension missing has no score, hence no Total.")
+        notes.append(
+            "Measured: a group with a dimension missing has no score, hence no Total; only full "
+            "rows are ranked."
+        )
     if short["scorer"].map(vbench_rows.is_stand_in).any():
         notes.append(f"Stand-ins for dimensions are in {ID}_measured alone.")
     rules = rules_between(table, "group")
@@ -213,10 +216,14 @@ def _weighting(
 
     table = table.dropna(subset=["plain"])
     groups = list(dict.fromkeys(table["group"]))
-    figure, axes = plt.subplots(1, len(groups), figsize=(PAGE_WIDTH, 3.3), squeeze=False)
-    for axis, group, letter in zip(axes[0], groups, "abc", strict=False):
+    down = -(-len(groups) // 2)
+    figure, axes = plt.subplots(down, 2, figsize=(PAGE_WIDTH, 3 * down + 0.3), squeeze=False)
+    for axis, group, letter in zip(axes.flat, groups, "abc", strict=False):
         _panel(axis, table[table["group"] == group], f"({letter}) {group}")
-    axes[0, 0].set_ylabel("Total (percent)")
+    for axis in axes.flat[len(groups) :]:
+        axis.axis("off")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Total (percent)")
     figure.suptitle(
         "Total against the share of Quality; in brackets the rank at 0.5 (the paper's mean) and at "
         "0.8 (VBench's)",
@@ -233,7 +240,7 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
     low, high = float(rows[["semantic", "quality"]].min().min()), float(rows["quality"].max())
     low, high = min(low, high), max(high, float(rows["semantic"].max()))
     pad = 0.03 * (high - low) or 1.0
-    ends = spread([float(value) for value in rows["quality"]], (high - low) * 0.052 or 1.0)
+    ends = spread([float(value) for value in rows["quality"]], (high - low) * 0.058 or 1.0)
     for i, (row, end) in enumerate(zip(rows.to_dict("records"), ends, strict=True)):
         colour, dash = cycle[i % len(cycle)], "-" if i < len(cycle) else "--"
         values = (1 - share) * row["semantic"] + share * row["quality"]
@@ -247,7 +254,8 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
         axis.axvline(at, color="0.7", lw=0.6, zorder=0)
         axis.text(at, 1.0, told, fontsize=5.5, color="0.4", ha="center", va="bottom",
                   transform=axis.get_xaxis_transform())  # fmt: skip
-    axis.set(xlim=(0, 1), ylim=(low - pad, high + pad), xlabel="share of Quality")
+    top = max(high, ends[0]) + pad
+    axis.set(xlim=(0, 1), ylim=(low - pad, top), xlabel="share of Quality")
     axis.set_title(title, loc="left", pad=10)
 
 

@@ -276,6 +276,19 @@ def test_a_missing_dimension_leaves_no_total(drawn: Drawn, study: Path, tmp_path
     assert np.isnan(found["semantic"]) and np.isnan(found["own"]) and np.isnan(found["plain"])
 
 
+def test_only_full_measured_rows_are_ranked() -> None:
+    parts = [
+        pd.DataFrame(made_up.with_composites(name, made_up.raw(i), validity=validity)).assign(
+            result=name, name=name
+        )
+        for i, (name, validity) in enumerate((("a", "full"), ("b", "full"), ("c", "partial")))
+    ]
+    rows = table5_vbench.measured(pd.concat(parts, ignore_index=True))
+    assert rows["model"].tolist() == ["a", "b", "c (partial)"]
+    assert rows["rank_own"].tolist()[:2] == [2, 1] and pd.isna(rows["rank_own"].iloc[2])
+    assert table5_vbench.measured(parts[0])["rank_own"].isna().all()  # alone
+
+
 def test_labels_are_kept_apart() -> None:
     places = table5_vbench.spread([5.0, 4.9, 4.8, 1.0], 0.5)
     assert (-np.diff(places) >= 0.5 - 1e-9).all()
