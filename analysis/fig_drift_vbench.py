@@ -55,6 +55,8 @@ def lines(ours: vbench_rows.Ours) -> pd.DataFrame:
     rows = ours.drift.dropna(subset=["scorer", "value"])
     keys = ["result", "model", "scorer"]
     about = ours.table[[*keys, "validity", "horizon_s"]].drop_duplicates(keys)
+    # a run's table also knows what is partial
+    rows = rows.drop(columns=["validity", "horizon_s"], errors="ignore")
     rows = rows.merge(about, how="left", on=keys)
     # a row of the table that may not be shown has no row here either
     rows = rows[rows["validity"].notna()]

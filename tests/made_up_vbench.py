@@ -51,6 +51,7 @@ def drift_rows(model: str, values: dict[str, float], seconds: float) -> list[dic
     return [
         {
             "model": model, "scorer": name, "second": float(second), "videos": 8,
+            "validity": "substitute" if name in SUBSTITUTES else "full",
             "value": value * (1 - 0.1 * second / seconds),
             "low": value * (1 - 0.1 * second / seconds) - 0.01,
             "high": value * (1 - 0.1 * second / seconds) + 0.01,
