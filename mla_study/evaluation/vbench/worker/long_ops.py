@@ -97,10 +97,9 @@ def first_frames(
     out.parent.mkdir(parents=True, exist_ok=True)
     if exact:
         import torch
-        from decord import VideoReader
         from vbench2_beta_long.utils import save_segment
 
-        frames = [torch.Tensor(VideoReader(c, num_threads=1)[0].asnumpy()) for c in clips]
+        frames = [torch.Tensor(_reader(clip)[0].asnumpy()) for clip in clips]
         save_segment(torch.stack(frames).permute(0, 3, 1, 2), int(fps), str(out))
         return str(out), len(clips)
     rate = Fraction(fps).limit_denominator(10_000)
@@ -115,9 +114,7 @@ def rate_of(path: str | Path) -> Fraction:
     import av
 
     with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError(f"{Path(path).name} holds no video")
-        stream = container.streams.video[0]
+        stream = _stream(container, path)
         rate = stream.average_rate or stream.guessed_rate
     if not rate:
         raise ValueError(f"{Path(path).name} does not say how many frames a second it has")
@@ -252,7 +249,27 @@ def _decoded(path: str | Path) -> Any:
     import av
 
     with av.open(str(path)) as container:
-        yield from container.decode(video=0)
+        yield from container.decode(_stream(container, path))
+
+
+def _stream(container: Any, path: str | Path) -> Any:
+    """The video stream; among several the one that VBench's reader shows."""
+    streams = list(container.streams.video)
+    if not streams:
+        raise ValueError(f"{Path(path).name} holds no video")
+    if len(streams) == 1:
+        return streams[0]
+    reader = _reader(path)
+    height, width = reader[0].shape[:2]
+    frames, rate = len(reader), reader.get_avg_fps()
+    return min(
+        streams,
+        key=lambda s: (
+            (s.width, s.height) != (width, height),
+            abs(float(s.average_rate or 0) - rate) > 1e-3,
+            abs(s.frames - frames),
+        ),
+    )
 
 
 class _Writer:
@@ -295,14 +312,18 @@ class _Writer:
         self.close()
 
 
-def _length(path: str | Path) -> int:
-    """Frames, as VBench's own reader counts them."""
+def _reader(path: str | Path) -> Any:
     from decord import DECORDError, VideoReader
 
     try:
-        return len(VideoReader(str(path), num_threads=1))
+        return VideoReader(str(path), num_threads=1)
     except DECORDError as error:
         raise ValueError(f"{Path(path).name} cannot be read as a video") from error
+
+
+def _length(path: str | Path) -> int:
+    """Frames, as VBench's own reader counts them."""
+    return len(_reader(path))
 
 
 def _clip(file: Path, start: int, frames: int) -> Line:
