@@ -26,11 +26,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.dimensions import SAMPLES, scale_of
@@ -44,6 +43,7 @@ from mla_study.evaluation.vbench.long_clips import (
     part_of,
 )
 from mla_study.evaluation.vbench.long_configs import TABLES, LongConfigs, load_configs
+from mla_study.evaluation.vbench.long_drift import drift
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,8 +74,6 @@ EXTRACTORS = {
     "background_consistency": {True: "dreamsim", False: "clip"},
 }
 """Features of the clip-to-clip branch, with and without upstream's dev_flag."""
-DRAWS = 1000
-
 Row = dict[str, Any]
 
 
@@ -181,63 +179,6 @@ def side_by_side(
     return both
 
 
-def drift(clips: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
-    """Score against time: how much of a dimension is left late in a video.
-
-    Clips of all videos meet in bins as wide as a clip, by their middle; two of one video in a bin
-    (the last clip overlaps) are averaged first, so that every video counts once.
-
-    Args:
-        clips: columns video, dimension, start_s, stop_s, value, terms.
-        draws: of whole videos, with replacement, for the band.
-
-    Returns:
-        Columns dimension, seconds (mean middle of the bin's clips), mean, se, low, high (95 %),
-        videos; se and band are NaN for a single video.
-    """
-    import pandas as pd
-
-    told = list[Row]()
-    for dimension in dict.fromkeys(clips["dimension"].tolist()):
-        rows = clips[(clips["dimension"] == dimension) & (clips["terms"] > 0)]
-        rows = rows[np.isfinite(rows["value"].to_numpy(dtype=float))]
-        if rows.empty:
-            continue
-        start, stop = rows["start_s"].to_numpy(dtype=float), rows["stop_s"].to_numpy(dtype=float)
-        middle, width = (start + stop) / 2, float(np.median(stop - start))
-        names, place = np.unique(rows["video"].to_numpy(dtype=str), return_inverse=True)
-        # the small share keeps 1.9999999 and 2 together
-        bins, bin_of = np.unique(np.floor(middle / width + 1e-6), return_inverse=True)
-        sums, terms, times = (np.zeros((len(names), len(bins))) for _ in range(3))
-        weights = rows["terms"].to_numpy(dtype=float)
-        np.add.at(sums, (place, bin_of), weights * rows["value"].to_numpy(dtype=float))
-        np.add.at(times, (place, bin_of), weights * middle)
-        np.add.at(terms, (place, bin_of), weights)
-        seen = terms > 0
-        safe = np.where(seen, terms, 1.0)
-        scores = np.where(seen, sums / safe, 0.0) * scale_of(dimension)
-        count = seen.sum(axis=0)
-        mean = scores.sum(axis=0) / count
-        picked = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
-        for i in range(len(bins)):
-            own = scores[seen[:, i], i]
-            se, low, high = NAN, NAN, NAN
-            if len(own) > 1:
-                drawn = seen[picked, i].sum(axis=1)
-                means = scores[picked, i].sum(axis=1)[drawn > 0] / drawn[drawn > 0]
-                low, high = (float(x) for x in np.percentile(means, [2.5, 97.5]))
-                se = float(own.std(ddof=1) / math.sqrt(len(own)))
-            seconds = float((times[:, i] / safe[:, i])[seen[:, i]].mean())
-            told.append(
-                {
-                    "dimension": dimension, "seconds": seconds, "mean": float(mean[i]), "se": se,
-                    "low": low, "high": high, "videos": int(count[i]),
-                }
-            )  # fmt: skip
-    columns = ["dimension", "seconds", "mean", "se", "low", "high", "videos"]
-    return pd.DataFrame(told, columns=columns)
-
-
 def _pairs(table: pd.DataFrame, dimension: str, dev: bool) -> dict[tuple[str, str], float]:
     """(video, part) -> clip-to-clip score."""
     if dimension not in TABLES or table.empty:
@@ -295,26 +236,44 @@ def _exact(
         return mean
     if static:
         return _exact_static(rows)
-    if dimension in TABLES and not pairs and not dev:
-        mean.notes.append("no video has two clips, so upstream's code divides by zero and stops")
+    if dimension in TABLES:
+        return _exact_fused(rows, dimension, configs, dev, pairs)
+    mean.rows = [_of_clip(row) for row in rows]
+    mean.value = sum(row["value"] for row in rows) / len(rows)
+    return mean
+
+
+def _exact_fused(
+    rows: Sequence[Row], dimension: str, configs: LongConfigs, dev: bool,
+    pairs: dict[tuple[str, str], float],
+) -> _Mean:  # fmt: skip
+    mean = _Mean()
+    counts = Counter((row["video"], row["part"]) for row in rows)
+    if max(counts.values()) == 1:
+        if not dev:
+            mean.notes.append("no video has two clips: upstream's code divides by zero and stops")
+            return mean
+        # nothing to fuse: upstream returns VBench's own mean over the clips
+        mean.rows = [_of_clip(row) for row in rows]
+        mean.value = _weighted([row["value"] for row in rows], [row["terms"] for row in rows])
         return mean
-    # keyed by file name alone, as upstream has it: a later video of that name wins
+    lacking = {key for key, count in counts.items() if dev and count > 1 and key not in pairs}
+    mean.notes += [
+        f"{part} of {video} has no clip-to-clip score" for video, part in sorted(lacking)
+    ]
+    # by file name alone, as upstream has it: a later part of that name wins
     by_name = {part: value for (_, part), value in pairs.items()}
+    weights, table = configs.weights(dimension, dev), configs.tables[dimension]
     for row in rows:
-        value, other, image = row["value"], NAN, NAN
-        if dimension in TABLES and by_name:
-            other = by_name.get(row["clip"].split("_")[0], 0.0)
-            weights = configs.weights(dimension, dev)
-            value, image = fuse(row["value"], other, weights, configs.tables[dimension], False)
-        mean.rows.append(
-            _told(row["video"], row["clip"], row["value"], other, image, value, 1, row["terms"])
-        )
-    if dimension in TABLES and not by_name:
-        # nothing to fuse: upstream returns what VBench says of the clips
-        mean.value = _weighted(
-            [row["value"] for row in mean.rows], [row["terms"] for row in mean.rows]
-        )
-    else:
+        if (row["video"], row["part"]) in lacking:
+            continue
+        if not dev:
+            mean.rows.append(_of_clip(row))
+            continue
+        other = by_name.get(row["clip"].split("_")[0], 0.0)
+        value, image = fuse(row["value"], other, weights, table, False)
+        mean.rows.append({**_of_clip(row), "clip_to_clip": other, "mapped": image, "value": value})
+    if mean.rows:
         mean.value = sum(row["value"] for row in mean.rows) / len(mean.rows)
     return mean
 
@@ -353,6 +312,12 @@ def _is_found(row: Row, names: set[str], samples: int) -> bool:
 def _prompt_of(clip: str) -> str:
     """Prompt that upstream reads in a clip's name: ``PROMPT-0_000`` or ``PROMPT-Scene-0_000``."""
     return re.sub(r"-\d+$", "", re.sub(r"(-Scene-\d+|-\d+)_\d+$", "", clip))
+
+
+def _of_clip(row: Row) -> Row:
+    """A clip's row of :attr:`LongScores.videos`, nothing fused."""
+    value = row["value"]
+    return _told(row["video"], row["clip"], value, NAN, NAN, value, 1, row["terms"])
 
 
 def _told(
