@@ -131,6 +131,8 @@ def run_long(
         "table": scored, "videos": shown, "clips": table, "averages": _beside(found),
         "drift": drift_table(table, request.model, plan.random),
     }  # fmt: skip
+    if frames["drift"].empty:
+        del frames["drift"]
     save_problems(request.out / "problems.csv", failures)
     record = write(request, frames, seen, protocol, plan.random)
     return Finished(scored, shown, record, request.out, failures, stopped)
@@ -245,7 +247,7 @@ def _clip_to_clip(
                 store.forget(key)
         failures += answer(firsts, request, store, say, progress)[1]
         scorer = f"{CLIP_TO_CLIP}.{dimension}"
-        version = version_of(scorer, hashes[dimension], {"dev": options.dev})
+        version = version_of(scorer, hashes[dimension])
         asked = list[Question]()
         for first, made in kept(firsts, store):
             key = Key(first.key.sha256, scorer, version, question({}))

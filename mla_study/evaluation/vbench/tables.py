@@ -75,12 +75,13 @@ def score_table(
     """
     import pandas as pd
 
-    horizon = float(videos["video_s"].median()) if len(videos) else float("nan")
+    lengths = videos.drop_duplicates("video")["video_s"]
+    horizon = float(lengths.median()) if len(lengths) else float("nan")
     common = {"model": model, "mode": mode, "horizon_s": round(horizon, 3)}
     rows, raw, drawn = list[dict[str, Any]](), dict[str, float](), {}
     for scorer in scorers:
         mine = videos[(videos["scorer"] == scorer) & videos["counted"].astype(bool)]
-        seen = int((videos["scorer"] == scorer).sum())
+        seen = int(videos.loc[videos["scorer"] == scorer, "video"].nunique())
         prompts = mine["prompt"].fillna(mine["video"])
         values, terms = mine["value"].to_numpy(float), mine["terms"].to_numpy(float)
         seed = zlib.crc32(scorer.encode())
