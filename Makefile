@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything runs in .venv, which the first call builds.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vbench figures data study study-full test lint lab bench bench-probe bench-model bench-train bench-gpu clean
+.PHONY: help setup setup-vbench figures data study study-full test lint lab bench bench-probe bench-model bench-train bench-vbench bench-gpu clean
 BIN := .venv/bin
 
 # One BLAS thread a process: several processes share the cores, threads on top only wait.
@@ -55,6 +55,9 @@ bench-model: setup ## measure the model against diffusers and dense masks, its m
 
 bench-train: setup ## measure training: latent/dense, DMD, tracker, rendering, two processes (ARGS=--quick)
 	@$(BIN)/mla-study bench train $(ARGS)
+
+bench-vbench: setup setup-vbench ## measure VBench through workers: overhead, two workers, a second run (ARGS=--quick)
+	@$(BIN)/mla-study bench vbench $(ARGS)
 
 bench: setup ## measure the efficiency study on this CPU anew (half an hour, one thread)
 	@$(BIN)/mla-study calibrate
