@@ -82,12 +82,16 @@ def clips(path: str, **asked: Any) -> dict[str, Any]:
     from vbench.temporal_flickering import cal_score
 
     operation = worker("long_ops").OPERATIONS["long.split"]({})
-    answer = operation({"id": "0", "path": path, "name": Path(path).name, **asked})
+    try:
+        answer = operation({"id": "0", "path": path, "name": Path(path).name, **asked})
+    except ValueError as error:
+        return {"reason": str(error)}
     source = VideoReader(path, num_threads=1)
     rate = source.get_avg_fps()
     for clip in answer["more"]["clips"]:
         reader = VideoReader(clip["path"], num_threads=1)
         begin = round(clip["start_s"] * rate)
+        clip["written"] = Path(clip["path"]).stat().st_mtime_ns
         own = reader.get_batch(range(len(reader))).asnumpy().astype(int)
         gap = np.abs(own - source.get_batch(range(begin, begin + len(own))).asnumpy())
         clip |= {"read": len(reader), "fps": reader.get_avg_fps(), "score": cal_score(clip["path"])}

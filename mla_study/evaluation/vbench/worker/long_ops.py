@@ -52,7 +52,7 @@ def split(
     name = name or path.name
     if not path.is_file():
         raise ValueError(f"{path} is no file")
-    at = path.stat()
+    rate, at = rate_of(path), path.stat()
     request = [str(path), at.st_size, at.st_mtime_ns, name, seconds, exact, semantic, threshold]
     mark = out / MARK
     if mark.is_file():
@@ -72,7 +72,6 @@ def split(
     link.symlink_to(path)
     way = _split_exact if exact else _split_corrected
     clips = way(link, out, seconds, threshold, semantic)
-    rate = rate_of(path)
     for clip in clips:
         clip["start_s"] = float(clip.pop("start") / rate)
         clip["stop_s"] = float(clip.pop("stop") / rate)
@@ -113,9 +112,12 @@ def rate_of(path: str | Path) -> Fraction:
     """Average frames a second, exactly."""
     import av
 
-    with av.open(str(path)) as container:
-        stream = _stream(container, path)
-        rate = stream.average_rate or stream.guessed_rate
+    try:
+        with av.open(str(path)) as container:
+            stream = _stream(container, path)
+            rate = stream.average_rate or stream.guessed_rate
+    except av.FFmpegError as error:
+        raise ValueError(f"{Path(path).name} cannot be read as a video") from error
     if not rate:
         raise ValueError(f"{Path(path).name} does not say how many frames a second it has")
     return Fraction(rate)
