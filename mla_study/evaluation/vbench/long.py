@@ -13,7 +13,8 @@ Nothing here imports VBench. What its environment is asked for, a line a request
     ``value`` is the number of frames; ``more`` {"path": FILE, or null for a part of one clip}.
 ``long.clip2clip.subject_consistency``, ``long.clip2clip.background_consistency``
     ``options`` {"dev": bool}; ``path`` is such a FILE. ``value`` the consistency of its frames,
-    ``terms`` frames - 1, ``more`` {"extractor": "dinov2" and so on}.
+    ``terms`` frames - 1, ``more`` {"extractor": "dinov2" and so on}. Without dev the branch weighs
+    nothing: its scores may be left out.
 
 A *part* is a video, or a scene of one that was split at its cuts: ``NAME`` or ``NAME-Scene-0``,
 and its clips are ``NAME_000``, ``NAME_001``, ... or ``NAME_full`` where it is shorter than a clip.

@@ -7,7 +7,7 @@ function below is a task.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+def worker(module: str) -> Any:
+    """A module of the worker, whose folder stays off the path."""
+    spec = importlib.util.spec_from_file_location(module, Path(sys.argv[1]) / f"{module}.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
 def averages(cases: list[dict[str, Any]]) -> list[Any]:
@@ -72,13 +81,17 @@ def clips(path: str, **asked: Any) -> dict[str, Any]:
     from decord import VideoReader
     from vbench.temporal_flickering import cal_score
 
-    operation = importlib.import_module("long_ops").OPERATIONS["long.split"]({})
-    answer = operation({"id": "0", "path": path, "name": Path(path).name, **asked})
+    operation = worker("long_ops").OPERATIONS["long.split"]({})
+    try:
+        answer = operation({"id": "0", "path": path, "name": Path(path).name, **asked})
+    except ValueError as error:
+        return {"reason": str(error)}
     source = VideoReader(path, num_threads=1)
     rate = source.get_avg_fps()
     for clip in answer["more"]["clips"]:
         reader = VideoReader(clip["path"], num_threads=1)
         begin = round(clip["start_s"] * rate)
+        clip["written"] = Path(clip["path"]).stat().st_mtime_ns
         own = reader.get_batch(range(len(reader))).asnumpy().astype(int)
         gap = np.abs(own - source.get_batch(range(begin, begin + len(own))).asnumpy())
         clip |= {"read": len(reader), "fps": reader.get_avg_fps(), "score": cal_score(clip["path"])}
@@ -92,7 +105,7 @@ def joined(clips: list[str], out: str, fps: float, exact: bool) -> dict[str, Any
     from decord import VideoReader
     from vbench2_beta_long.utils import create_video_from_first_frames
 
-    operation = importlib.import_module("long_ops").OPERATIONS["long.first_frames"]({})
+    operation = worker("long_ops").OPERATIONS["long.first_frames"]({})
     answer = operation({"id": "0", "path": clips[0], "clips": clips, "out": out, "fps": fps,
                         "exact": exact})  # fmt: skip
     firsts = np.stack([VideoReader(clip)[0].asnumpy() for clip in clips]).astype(int)
@@ -125,7 +138,7 @@ def compared(dimension: str, dev: bool, weights: str, path: str, stand_in: bool)
             return Mean(), None
 
         dreamsim.dreamsim = load
-    operation = importlib.import_module("long_features").OPERATIONS[f"long.clip2clip.{dimension}"]
+    operation = worker("long_features").OPERATIONS[f"long.clip2clip.{dimension}"]
     request = {
         "scorer": f"long.clip2clip.{dimension}", "options": {"dev": dev}, "device": "cpu",
         "weights": weights,
@@ -137,7 +150,6 @@ def compared(dimension: str, dev: bool, weights: str, path: str, stand_in: bool)
 
 
 def main() -> None:
-    sys.path.insert(0, sys.argv[1])
     requests = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):
         answers = [globals()[request.pop("task")](**request) for request in requests]

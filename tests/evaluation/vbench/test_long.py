@@ -182,6 +182,9 @@ def test_without_dev_flag_the_in_clip_score_stands_alone() -> None:
         assert found.overall.iloc[0]["value"] == pytest.approx(0.85)
         assert found.overall.iloc[0]["extractor"] == "clip"
         assert found.overall.iloc[0]["clip_to_clip_weight"] == 0.0
+        assert long_scores(clips, NO_PAIRS, CONFIGS, exact, dev=False).overall.iloc[0][
+            "value"
+        ] == pytest.approx(0.85)
     with pytest.raises(UserError, match="by clip, but with dev_flag it is dreamsim"):
         long_scores(clips, pairs, CONFIGS, False)
 
@@ -239,12 +242,13 @@ def test_a_missing_clip_to_clip_score_leaves_the_video_out() -> None:
         clip_rows("a-0.mp4", SUBJECT, [0.9, 0.9]) + clip_rows("b-0.mp4", SUBJECT, [0.8, 0.8])
     )
     pairs = pd.DataFrame([pair("b-0.mp4", "b-0", 0.4)])
-    found = long_scores(clips, pairs, CONFIGS, False)
-    assert found.videos["video"].tolist() == ["b-0.mp4"]
-    assert found.notes == (
-        f"{SUBJECT}: a-0.mp4 left out of the mean",
-        f"{SUBJECT}: a-0 of a-0.mp4 has no clip-to-clip score",
-    )
+    for exact in (False, True):
+        found = long_scores(clips, pairs, CONFIGS, exact)
+        assert set(found.videos["video"]) == {"b-0.mp4"}
+        assert found.notes == (
+            f"{SUBJECT}: a-0.mp4 left out of the mean",
+            f"{SUBJECT}: a-0 of a-0.mp4 has no clip-to-clip score",
+        )
 
 
 def test_names_with_an_underscore() -> None:

@@ -273,6 +273,14 @@ def told(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         }
         for case, (name, exact, semantic) in CASES.items()
     }  # fmt: skip
+    corrected = requests["corrected"]
+    requests["again"] = dict(corrected)
+    requests["another length"] = {**requests["exact"], "out": str(out / "two"), "seconds": 10.0}
+    requests["then ours"] = {**corrected, "out": str(out / "two")}
+    requests["foreign folder"] = {**corrected, "out": str(videos)}
+    (out / "text.mp4").write_text("no video")
+    requests["no video"] = {**corrected, "path": str(out / "text.mp4"), "out": str(out / "three")}
+    requests["no frames"] = {**requests["exact"], "seconds": 0.5, "out": str(out / "four")}
     for name, case, exact in (("theirs", "exact", True), ("ours", "corrected", False)):
         part = out / case / "split_clip" / "a cat-0"
         clips = [str(part / f"a cat-0_{i:03d}.mp4") for i in range(15)]
@@ -329,6 +337,21 @@ def test_clips_lie_where_we_say(told: dict[str, Any], case: str) -> None:
             assert 0 < clip["mean_gap"] < 6
         else:
             assert clip["largest"] == 0
+
+
+@pytest.mark.assets
+def test_clips_that_are_there_are_taken_and_others_replaced(told: dict[str, Any]) -> None:
+    assert told["again"] == told["corrected"]  # times of writing included
+    assert [c["frames"] for c in told["another length"]["more"]["clips"]] == [160] * 3
+    replaced = told["then ours"]["more"]["clips"]
+    assert len(replaced) == 15 and all(c["largest"] == 0 for c in replaced)
+
+
+@pytest.mark.assets
+def test_what_cannot_be_split_is_told(told: dict[str, Any]) -> None:
+    assert "is not empty and holds no clips of ours" in told["foreign folder"]["reason"]
+    assert told["no video"]["reason"] == "text.mp4 cannot be read as a video"
+    assert "clips of no frames" in told["no frames"]["reason"]
 
 
 @pytest.mark.assets

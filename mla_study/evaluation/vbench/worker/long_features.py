@@ -6,21 +6,24 @@ A part's first frames, joined to a video, are compared by upstream's own functio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+_DINO = (
+    "torch/hub/facebookresearch_dino_main/hubconf.py",
+    "torch/hub/checkpoints/dino_vitbase16_pretrain.pth",
+)
 LONG_WEIGHTS = {
-    "dino": (
-        "torch/hub/facebookresearch_dino_main/hubconf.py",
-        "torch/hub/checkpoints/dino_vitbase16_pretrain.pth",
-    ),
+    "dino": _DINO,
     "dinov2": (
         "torch/hub/facebookresearch_dinov2_main/hubconf.py",
         "torch/hub/checkpoints/dinov2_vitb14_pretrain.pth",
     ),
     "clip": ("clip_model/ViT-B-32.pt",),
     "dreamsim": (
+        *_DINO,
         "dreamsim/dino_vitb16_pretrain.pth",
         "dreamsim/open_clip_vitb16_pretrain.pth.tar",
         "dreamsim/clip_vitb16_pretrain.pth.tar",
@@ -57,8 +60,8 @@ def clip_to_clip(
         raise ValueError(f"{dimension} between clips needs {', '.join(missing)} in {root}")
     torch.set_grad_enabled(False)
     where = torch.device(device)
+    torch.hub.set_dir(str(root / "torch" / "hub"))
     if kind in ("dino", "dinov2"):
-        torch.hub.set_dir(str(root / "torch" / "hub"))
         folder = root / "torch" / "hub" / f"facebookresearch_{kind}_main"
         entry = {"dino": "dino_vitb16", "dinov2": "dinov2_vitb14"}[kind]
         model: Any = torch.hub.load(str(folder), entry, source="local")
@@ -79,7 +82,8 @@ def clip_to_clip(
             background_consistency_dreamsim as compare,
         )
 
-        models = dreamsim(pretrained=True, cache_dir=str(root / "dreamsim"), device=where)
+        with _hub_stays():
+            models = dreamsim(pretrained=True, cache_dir=str(root / "dreamsim"), device=where)
 
     def score(path: str) -> tuple[float, int]:
         frames = len(VideoReader(path, num_threads=1))
@@ -89,6 +93,19 @@ def clip_to_clip(
         return float(result["video_results"]), frames
 
     return score
+
+
+@contextlib.contextmanager
+def _hub_stays() -> Generator[None, None, None]:
+    """DreamSim moves torch's hub into its own folder, away from the DINO that is there."""
+    import torch
+
+    move = torch.hub.set_dir
+    torch.hub.set_dir = lambda _: None
+    try:
+        yield
+    finally:
+        torch.hub.set_dir = move
 
 
 def _load_clip_to_clip(request: Line) -> Scorer:

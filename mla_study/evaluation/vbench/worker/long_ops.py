@@ -52,7 +52,7 @@ def split(
     name = name or path.name
     if not path.is_file():
         raise ValueError(f"{path} is no file")
-    at = path.stat()
+    rate, at = rate_of(path), path.stat()
     request = [str(path), at.st_size, at.st_mtime_ns, name, seconds, exact, semantic, threshold]
     mark = out / MARK
     if mark.is_file():
@@ -62,21 +62,21 @@ def split(
         ):
             return earlier["clips"]
         _clear(out, earlier["name"])
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(not file.name.startswith(MARK) for file in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no clips of ours: name another folder")
-    (out / "split_clip").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     # before the clips: an interrupted call leaves a folder that the next one may clear
-    mark.write_text(json.dumps({"request": None, "name": name, "clips": []}))
+    _write_mark(mark, {"request": None, "name": name, "clips": []})
+    (out / "split_clip").mkdir(exist_ok=True)
     link = out / name
     link.unlink(missing_ok=True)
     link.symlink_to(path)
     way = _split_exact if exact else _split_corrected
     clips = way(link, out, seconds, threshold, semantic)
-    rate = rate_of(path)
     for clip in clips:
         clip["start_s"] = float(clip.pop("start") / rate)
         clip["stop_s"] = float(clip.pop("stop") / rate)
-    mark.write_text(json.dumps({"request": request, "name": name, "clips": clips}))
+    _write_mark(mark, {"request": request, "name": name, "clips": clips})
     return clips
 
 
@@ -112,10 +112,14 @@ def first_frames(
 def rate_of(path: str | Path) -> Fraction:
     """Average frames a second, exactly."""
     import av
+    from av.error import FFmpegError
 
-    with av.open(str(path)) as container:
-        stream = _stream(container, path)
-        rate = stream.average_rate or stream.guessed_rate
+    try:
+        with av.open(str(path)) as container:
+            stream = _stream(container, path)
+            rate = stream.average_rate or stream.guessed_rate
+    except FFmpegError as error:
+        raise ValueError(f"{Path(path).name} cannot be read as a video") from error
     if not rate:
         raise ValueError(f"{Path(path).name} does not say how many frames a second it has")
     return Fraction(rate)
@@ -331,6 +335,12 @@ def _clip(file: Path, start: int, frames: int) -> Line:
         "path": str(file), "clip": file.stem, "part": file.parent.name, "start": start,
         "stop": start + frames, "frames": frames,
     }  # fmt: skip
+
+
+def _write_mark(mark: Path, content: Line) -> None:
+    temporary = mark.with_name(f"{MARK}.tmp")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(mark)
 
 
 def _clear(out: Path, name: str) -> None:
