@@ -119,7 +119,7 @@ def look(path: Path) -> dict[str, Any]:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 return {"problem": "has no picture, only sound"}
-            stream = container.streams.video[0]
+            streams, stream = len(container.streams.video), container.streams.video[0]
             # Packets are counted, not decoded: a cut file has fewer than its header promises.
             times = [p.pts for p in container.demux(stream) if p.size and p.pts is not None]
             promised, frames = stream.frames, len(times)
@@ -146,6 +146,8 @@ def look(path: Path) -> dict[str, Any]:
     steps = {later - sooner for sooner, later in itertools.pairwise(times)}
     if len(steps) > 1 and max(steps) - min(steps) > 1:
         notes.append("frames are not evenly spaced in time, scores take them as if they were")
+    if streams > 1:
+        notes.append(f"{streams} video streams, and VBench's readers do not take the same one")
     if size[0] % 2 or size[1] % 2:
         notes.append(f"odd size {size[0]} x {size[1]}")
     return {

@@ -49,6 +49,21 @@ def test_what_cannot_be_scored_is_said(tmp_path: Path) -> None:
     assert not what["odd-0.mp4"].fatal and "odd size 47 x 33" in what["odd-0.mp4"].what
 
 
+def test_two_streams_are_noted(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "two-0.mp4"), "w") as container:
+        streams = [container.add_stream("libx264", rate=8) for _ in range(2)]
+        for stream in streams:
+            stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for stream in streams:
+            for level in (20, 90, 200):
+                picture = np.full((32, 32, 3), level, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    (_,), (problem,) = videos.examine(videos.find(tmp_path))
+    assert "2 video streams" in problem.what and not problem.fatal
+
+
 def test_a_cut_file_whose_header_is_in_front_is_found_out(tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     path = tmp_path / "front-0.mp4"
