@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis import miniature, prediction
+from analysis import miniature
 from analysis.miniature import INITS, MARGIN, score_rows
 from mla_study.errors import UserError
+from mla_study.miniature import prediction
 from mla_study.study.plots import style
 from mla_study.study.runs import round_significant
 from mla_study.study.tables import Column, save_table
