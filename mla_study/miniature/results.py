@@ -36,6 +36,12 @@ def student(frame: pd.DataFrame) -> pd.Series[str]:
     return name.where(~is_long(frame), LONG)
 
 
+def of_student(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows of a student at the default sizes (the long run is one of its own)."""
+    rows = pd.concat([usual(frame), frame[is_long(frame)]])
+    return rows[student(rows) == name]
+
+
 def score_rows(
     frame: pd.DataFrame, metric: str, *, stage: str = "dmd", clips: int = 1, scope: str = "first",
     condition: str = "plain",
