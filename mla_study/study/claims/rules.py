@@ -85,7 +85,7 @@ class Agrees:
     @property
     def text(self) -> str:
         return (
-            "each number found lies within the rounding of the stated one: 'supported' where it was"
+            "each number found lies within the bounds of the stated one: 'supported' where it was"
             " measured, 'arithmetic only' where it follows from other published numbers or from "
             "counting; otherwise 'not supported'"
         )

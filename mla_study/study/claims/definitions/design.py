@@ -181,7 +181,7 @@ CLAIMS = (
         rule=NoWorse(MARGIN),
         figure="table5a_latent_dim",
         command=STUDY,
-        reading="Equal within .05 in both scores; the held-out loss, which sees more, is listed "
+        reading="Supported means within .05 in both scores; the held-out loss, which sees more, is listed "
         "beside.",
     ),
     Claim(
