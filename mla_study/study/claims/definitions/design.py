@@ -181,8 +181,8 @@ CLAIMS = (
         rule=NoWorse(MARGIN),
         figure="table5a_latent_dim",
         command=STUDY,
-        reading="Supported means within .05 in both scores; the held-out loss, which sees more, is listed "
-        "beside.",
+        reading="Supported means within .05 in both scores; the held-out loss, which sees more, is "
+        "listed beside.",
     ),
     Claim(
         id="size-drop",
