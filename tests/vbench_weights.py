@@ -95,9 +95,10 @@ def _clip(embed: int, resolution: int, patch: int) -> Save:
 
 def _amt(path: Path) -> None:
     import torch
-    import vbench
     from omegaconf import OmegaConf
     from vbench.third_party.amt.utils.build_utils import build_from_cfg
+
+    import vbench
 
     torch.manual_seed(0)
     file = Path(vbench.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"

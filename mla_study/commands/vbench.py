@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mla_study.commands.vbench_sample import Sample
 from mla_study.commands.vbench_weights import Doctor, FetchWeights
 from mla_study.errors import UserError
 
@@ -158,6 +159,7 @@ class Compare:
 VBenchCommand = (
     Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[FetchWeights, tyro.conf.subcommand("fetch-weights")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
 )

@@ -38,8 +38,9 @@ def _flickering(request: Line) -> Scorer:
 def _smoothness(request: Line) -> Scorer:
     (file,) = need(request["weights"], AMT)
     import torch
-    import vbench
     from vbench.motion_smoothness import MotionSmoothness
+
+    import vbench
 
     configuration = Path(vbench.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
     model = MotionSmoothness(str(configuration), file, torch.device(request["device"]))
@@ -90,7 +91,7 @@ def _static(request: Line) -> Scorer:
     return score
 
 
-def _raft(file: str, small: bool):  # noqa: ANN202
+def _raft(file: str, small: bool):
     from easydict import EasyDict
 
     return EasyDict(model=file, small=small, mixed_precision=False, alternate_corr=False)
