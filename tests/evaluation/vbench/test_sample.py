@@ -6,18 +6,26 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import pytest
+import torch
 from torch import Tensor
 
+from mla_study.checkpoints.wan.save import save_model
 from mla_study.commands.vbench_sample import Sample as Command
+from mla_study.config import LatentConfig, WindowConfig, mini
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench import sample as module
 from mla_study.evaluation.vbench.sample import Sampled, records_of, sample
 from mla_study.evaluation.vbench.sampler import Made, Recipe, Sampler, Say
 from mla_study.evaluation.vbench.sampling_plan import Sample, prompt_set, samples, seed_of
+from mla_study.rollout import setup
+from mla_study.rollout.stream import random_model
+from mla_study.rollout.video import VaeDecoder
 from mla_study.world.grammar import sample_captions
 from mla_study.world.shipped import shipped
 
@@ -231,3 +239,31 @@ def test_interrupted_command(
     monkeypatch.setattr(module, "sample", stop)
     assert Command(tmp_path / "clips").run() == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_decoder_that_remembers_begins_each_video_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(base_dim=3).eval().requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    monkeypatch.setattr(setup, "choose_decoder", lambda *_: (VaeDecoder(vae), Fraction(4)))
+    config = replace(
+        mini(), layers=1, width=32, heads=2, ffn_width=48, text_dim=10, latent_size=(4, 6),
+        window=WindowConfig(1, 3, 2), latent=LatentConfig(6, 8, 10, 6, (1, 1, 1)),
+    )  # fmt: skip
+    place = save_model(random_model(config), tmp_path / "model", "latent")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na cat\n")
+    recipe = Recipe(checkpoint=str(place), seconds=0.4)
+    many = prompt_set(str(prompts), None, None, None, 0)
+    both, second = samples(many, each=1), samples(many, each=1)[1:]
+    sample(many, both, recipe, tmp_path / "both", say=say)
+    sample(many, second, recipe, tmp_path / "second", say=say)
+    made = bytes_of(tmp_path / "both")
+    assert set(made) == {"a dog-0.mp4", "a cat-0.mp4"} and len(set(made.values())) == 2
+    assert bytes_of(tmp_path / "second") == {"a cat-0.mp4": made["a cat-0.mp4"]}
+    assert table(tmp_path / "second")[0]["frames"] == "13"  # 1 + 4 for each further latent frame
