@@ -78,12 +78,13 @@ class Run:
 
     def run(self) -> int:
         """Score, and return the exit code."""
-        from mla_study.evaluation.vbench import dimensions, environment, weights
-        from mla_study.evaluation.vbench.long_configs import load_configs
-        from mla_study.evaluation.vbench.plan import Place, scorers_for
-        from mla_study.evaluation.vbench.run import run
-        from mla_study.evaluation.vbench.scoring import LongOptions, Request
-        from mla_study.evaluation.vbench.tables import text_table
+        from mla_study.evaluation.vbench import dimensions
+        from mla_study.evaluation.vbench.long.configs import load_configs
+        from mla_study.evaluation.vbench.needs import environment, weights
+        from mla_study.evaluation.vbench.runs.plan import Place, scorers_for
+        from mla_study.evaluation.vbench.runs.run import run
+        from mla_study.evaluation.vbench.runs.scoring import LongOptions, Request
+        from mla_study.evaluation.vbench.runs.tables import text_table
 
         names = [name for given in self.dimensions for name in given.replace(",", " ").split()]
         scorers = scorers_for(self.mode, names or ["all"])
@@ -144,7 +145,7 @@ class Compare:
 
     def run(self) -> int:
         """Print the comparison."""
-        from mla_study.evaluation.vbench.compare import compare, text
+        from mla_study.evaluation.vbench.runs.compare import compare, text
 
         comparison = compare(self.runs, self.anyway)
         if self.json:
@@ -185,7 +186,7 @@ def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, 
     Raises:
         UserError: fewer than one worker, or a GPU that is not there.
     """
-    from mla_study.evaluation.vbench import environment
+    from mla_study.evaluation.vbench.needs import environment
 
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, but it must be at least 1")

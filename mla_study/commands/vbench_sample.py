@@ -87,10 +87,10 @@ class Sample:
 
     def run(self) -> int:
         """Sample, and return the exit code."""
-        from mla_study.evaluation.vbench.environment import find_environment
-        from mla_study.evaluation.vbench.sample import TABLE, sample
-        from mla_study.evaluation.vbench.sampler import Recipe
-        from mla_study.evaluation.vbench.sampling_plan import parse_shard, prompt_set, samples
+        from mla_study.evaluation.vbench.needs.environment import find_environment
+        from mla_study.evaluation.vbench.sampling.plan import parse_shard, prompt_set, samples
+        from mla_study.evaluation.vbench.sampling.sample import TABLE, sample
+        from mla_study.evaluation.vbench.sampling.sampler import Recipe
 
         shard = parse_shard(self.shard)
         if not 0 < self.seconds < float("inf"):

@@ -43,8 +43,8 @@ class Doctor:
         """Look, print, and return the exit code."""
         import json
 
-        from mla_study.evaluation.vbench.doctor import examine
-        from mla_study.evaluation.vbench.doctor_text import document, text
+        from mla_study.evaluation.vbench.needs.doctor import examine
+        from mla_study.evaluation.vbench.needs.doctor_text import document, text
 
         report = examine(
             dimensions=_words(self.dimensions),
@@ -82,7 +82,7 @@ class FetchWeights:
 
     def run(self) -> int:
         """Fetch, and return the exit code."""
-        from mla_study.evaluation.vbench.fetch import fetch_weights
+        from mla_study.evaluation.vbench.needs.fetch import fetch_weights
 
         try:
             done = fetch_weights(

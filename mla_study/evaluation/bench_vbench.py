@@ -25,8 +25,8 @@ import numpy as np
 from mla_study.errors import UserError
 from mla_study.evaluation.goals import Goal, Row, say, show, write_rows
 from mla_study.evaluation.timing import Spread, interleaved
-from mla_study.evaluation.vbench import environment, weights
-from mla_study.evaluation.vbench.plan import Place, launcher
+from mla_study.evaluation.vbench.needs import environment, weights
+from mla_study.evaluation.vbench.runs.plan import Place, launcher
 
 PROGRAM = "bench vbench"
 FLICKER, FLOW = "temporal_flickering", "dynamic_degree[raft-small]"

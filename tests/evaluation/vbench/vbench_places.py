@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from mla_study.evaluation.vbench.environment import PINS, PINS_DETECTRON2, PINS_LONG
-from mla_study.evaluation.vbench.weights import ITEMS, Item
+from mla_study.evaluation.vbench.needs.environment import PINS, PINS_DETECTRON2, PINS_LONG
+from mla_study.evaluation.vbench.needs.weights import ITEMS, Item
 
 
 def environment(root: Path, **changed: str) -> Path:
