@@ -7,8 +7,10 @@ refused.
 
 from __future__ import annotations
 
+import importlib
 import math
 from pathlib import Path
+from typing import Any
 
 from . import patches
 from .media import frames_by_cv2, need, under_its_name
@@ -38,11 +40,12 @@ def _flickering(request: Line) -> Scorer:
 def _smoothness(request: Line) -> Scorer:
     (file,) = need(request["weights"], AMT)
     import torch
-    import vbench
-    from vbench.motion_smoothness import MotionSmoothness
+    from vbench import motion_smoothness
 
-    configuration = Path(vbench.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
-    model = MotionSmoothness(str(configuration), file, torch.device(request["device"]))
+    configuration = Path(motion_smoothness.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
+    model = motion_smoothness.MotionSmoothness(
+        str(configuration), file, torch.device(request["device"])
+    )
 
     def score(line: Line) -> Line:
         with under_its_name(line) as path:
@@ -90,7 +93,7 @@ def _static(request: Line) -> Scorer:
     return score
 
 
-def _raft(file: str, small: bool):  # noqa: ANN202
+def _raft(file: str, small: bool) -> Any:
     from easydict import EasyDict
 
     return EasyDict(model=file, small=small, mixed_precision=False, alternate_corr=False)

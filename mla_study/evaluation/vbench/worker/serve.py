@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         for line in channel.lines():
             channel.say(**_answer(score, line))
-    except Lost as error:
+    except LostDeviceError as error:
         channel.say("error", reason=str(error))
         return EXIT_USELESS
     except ValueError as error:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-class Lost(Exception):
+class LostDeviceError(Exception):
     """The device no longer answers; no further video can be scored by this process."""
 
 
@@ -117,7 +117,7 @@ def _load(request: Mapping[str, Any]) -> Scorer:
 
 
 def _answer(score: Scorer, line: Line) -> Line:
-    """The event for one video. :raises Lost: see there."""
+    """The event for one video. :raises LostDeviceError: see there."""
     started = time.perf_counter()
     try:
         found = score(line)
@@ -131,7 +131,7 @@ def _answer(score: Scorer, line: Line) -> Line:
         _show(error)
         reason = sentence(error)
         if any(mark in reason for mark in LOST_GPU):
-            raise Lost(reason) from error
+            raise LostDeviceError(reason) from error
         _free_gpu()
         return {"event": "failed", "id": line["id"], "reason": reason}
     answer["seconds"] = round(time.perf_counter() - started, 3)
