@@ -40,12 +40,11 @@ def _flickering(request: Line) -> Scorer:
 def _smoothness(request: Line) -> Scorer:
     (file,) = need(request["weights"], AMT)
     import torch
-    from vbench import motion_smoothness
 
-    configuration = Path(motion_smoothness.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
-    model = motion_smoothness.MotionSmoothness(
-        str(configuration), file, torch.device(request["device"])
-    )
+    module: Any = importlib.import_module("vbench.motion_smoothness")
+    configuration = Path(module.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
+    device = torch.device(request["device"])
+    model = module.MotionSmoothness(str(configuration), file, device)
 
     def score(line: Line) -> Line:
         with under_its_name(line) as path:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     channel.say("ready", versions=versions, patches=patches.applied(), load_s=loaded)
     try:
         for line in channel.lines():
-            channel.say(**_answer(score, line))
+            channel.say(**answer(score, line))
     except LostDeviceError as error:
         channel.say("error", reason=str(error))
         return EXIT_USELESS
@@ -116,7 +116,7 @@ def _load(request: Mapping[str, Any]) -> Scorer:
     return load(dict(request))
 
 
-def _answer(score: Scorer, line: Line) -> Line:
+def answer(score: Scorer, line: Line) -> Line:
     """The event for one video. :raises LostDeviceError: see there."""
     started = time.perf_counter()
     try:
@@ -124,9 +124,9 @@ def _answer(score: Scorer, line: Line) -> Line:
         value = float(found["value"])
         if not math.isfinite(value):
             raise ValueError(f"VBench's score of it is {value}")
-        answer = {"event": "score", "id": line["id"], "counted": True, "more": {}, **found}
-        answer["value"] = value
-        json.dumps(answer, allow_nan=False)
+        said = {"event": "score", "id": line["id"], "counted": True, "more": {}, **found}
+        said["value"] = value
+        json.dumps(said, allow_nan=False)
     except Exception as error:
         _show(error)
         reason = sentence(error)
@@ -134,10 +134,10 @@ def _answer(score: Scorer, line: Line) -> Line:
             raise LostDeviceError(reason) from error
         _free_gpu()
         return {"event": "failed", "id": line["id"], "reason": reason}
-    answer["seconds"] = round(time.perf_counter() - started, 3)
+    said["seconds"] = round(time.perf_counter() - started, 3)
     # the peak so far, in KiB on Linux
-    answer["rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-    return answer
+    said["rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    return said
 
 
 def _show(error: BaseException) -> None:
