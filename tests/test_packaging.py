@@ -127,7 +127,7 @@ def test_constraints_pin_each_requirement_by_name_only() -> None:
 
 
 def test_the_lock_of_vbench_holds_each_direct_pin() -> None:
-    folder = ROOT / "vbench"
+    folder = ROOT / "requirements"
     lines = {
         kind: [
             line
@@ -148,8 +148,8 @@ def test_the_lock_of_vbench_holds_each_direct_pin() -> None:
 
 def test_the_conda_file_of_vbench_installs_the_lock() -> None:
     listed = yaml.safe_load((ROOT / "environment-vbench.yml").read_text())["dependencies"]
-    assert listed[-1] == {"pip": ["-r vbench/requirements-vbench.lock"]}
-    (build,) = (ROOT / "vbench" / "build-constraints.txt").read_text().split()
+    assert listed[-1] == {"pip": ["-r requirements/requirements-vbench.lock"]}
+    (build,) = (ROOT / "requirements" / "build-constraints.txt").read_text().split()
     assert build.replace("==", "=") in listed
 
 

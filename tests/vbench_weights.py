@@ -1,4 +1,4 @@
-"""Files in the true formats of VBench's weights, filled with random numbers; its scores mean nothing.
+"""Files in the true formats of VBench's weights, but random: scores by them mean nothing.
 
 Runs by VBench's interpreter, ``python vbench_weights.py FOLDER FILE...``, and by itself imports
 nothing heavy: :func:`make` starts it. Where VBench fixes the architecture the size is the true one,
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 LIST = "RANDOM_WEIGHTS.json"
+ACTION = "riding a bike"
+"""The only action that the random UMT sees."""
 Save = Callable[[Path], None]
 HUB = """
 dependencies = ["torch", "timm"]
@@ -96,12 +98,11 @@ def _clip(embed: int, resolution: int, patch: int) -> Save:
 def _amt(path: Path) -> None:
     import torch
     from omegaconf import OmegaConf
+    from vbench import motion_smoothness
     from vbench.third_party.amt.utils.build_utils import build_from_cfg
 
-    import vbench
-
     torch.manual_seed(0)
-    file = Path(vbench.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
+    file = Path(motion_smoothness.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
     torch.save({"state_dict": build_from_cfg(OmegaConf.load(file).network).state_dict()}, path)
 
 
@@ -154,7 +155,16 @@ def _umt(path: Path) -> None:
     state = _fill(model)
     # the published file is half precision and has none
     del state["pos_embed"]
+    # so that one action, and no other, is seen in every video
+    state["head.bias"] = torch.full((400,), -20.0)
+    state["head.bias"][_place_of(ACTION)] = 20.0
     torch.save(state, path)
+
+
+def _place_of(action: str) -> int:
+    from vbench.human_action import build_dict
+
+    return next(int(place) for place, name in build_dict().items() if name == action)
 
 
 def _viclip(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def surroundings(weights: Path, **more: str) -> dict[str, str]:
 
 
 class Worker:
-    """A worker process. ``said`` is its first event: ready or error."""
+    """A worker process, which loads while others are started."""
 
     def __init__(self, python: Path, weights: Path, scorer: str, log: Path, **request: Any) -> None:
         weights.mkdir(parents=True, exist_ok=True)
@@ -68,11 +69,15 @@ class Worker:
                 cwd=weights,
                 env=surroundings(weights),
             )
-        self.said = self._hear()
+
+    @cached_property
+    def said(self) -> dict[str, Any]:
+        """Its first event: ready or error."""
+        return self._hear()
 
     def ask(self, path: Path, **line: Any) -> dict[str, Any]:
         """Its answer about one video."""
-        assert self.process.stdin is not None
+        assert self.process.stdin is not None and self.said["event"] == "ready", self.said
         told = {"id": path.name, "path": str(path), "name": path.name, **line}
         self.process.stdin.write(json.dumps(told) + "\n")
         self.process.stdin.flush()
@@ -80,6 +85,7 @@ class Worker:
 
     def end(self) -> int:
         """Exit code after the end of its input; it must say nothing more."""
+        assert self.said
         rest, _ = self.process.communicate()
         assert rest == ""
         return self.process.returncode

@@ -1,7 +1,7 @@
 """Build .venv-vbench, where VBench runs with the library versions it needs; `make setup-vbench`.
 
-What is installed is vbench/requirements-vbench.lock and nothing else. uv does it in a quarter of
-pip's time, so it is fetched for the while; where it cannot be had, or fails, pip does the work.
+What is installed is requirements/requirements-vbench.lock and nothing else. uv does it in a quarter
+of pip's time, so it is fetched for the while; where it cannot be had, or fails, pip does the work.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from venvs import ROOT, Venv, main_of
 
-LOCK = ROOT / "vbench" / "requirements-vbench.lock"
-BUILD = ROOT / "vbench" / "build-constraints.txt"
+LOCK = ROOT / "requirements" / "requirements-vbench.lock"
+BUILD = ROOT / "requirements" / "build-constraints.txt"
 UV = "uv==0.13.9"
 LEAST_GIB = 8
 CHECK = "import vbench"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def need(root: str | Path, *parts: str) -> list[str]:
 
 
 @contextmanager
-def under_its_name(line: Line) -> Iterator[str]:
+def under_its_name(line: Line) -> Generator[str]:
     """A link to the video in a folder of its own, named as VBench wants it.
 
     VBench reads actions and prompts off file names, and the kind of file off their ending.
@@ -40,7 +39,7 @@ def under_its_name(line: Line) -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="vbench-"))
     try:
         link = folder / name
-        os.symlink(path.resolve(), link)
+        link.symlink_to(path.resolve())
         yield str(link)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

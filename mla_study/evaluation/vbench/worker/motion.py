@@ -7,8 +7,10 @@ refused.
 
 from __future__ import annotations
 
+import importlib
 import math
 from pathlib import Path
+from typing import Any
 
 from . import patches
 from .media import frames_by_cv2, need, under_its_name
@@ -38,12 +40,11 @@ def _flickering(request: Line) -> Scorer:
 def _smoothness(request: Line) -> Scorer:
     (file,) = need(request["weights"], AMT)
     import torch
-    from vbench.motion_smoothness import MotionSmoothness
 
-    import vbench
-
-    configuration = Path(vbench.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
-    model = MotionSmoothness(str(configuration), file, torch.device(request["device"]))
+    module: Any = importlib.import_module("vbench.motion_smoothness")
+    configuration = Path(module.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
+    device = torch.device(request["device"])
+    model = module.MotionSmoothness(str(configuration), file, device)
 
     def score(line: Line) -> Line:
         with under_its_name(line) as path:
@@ -91,7 +92,7 @@ def _static(request: Line) -> Scorer:
     return score
 
 
-def _raft(file: str, small: bool):
+def _raft(file: str, small: bool) -> Any:
     from easydict import EasyDict
 
     return EasyDict(model=file, small=small, mixed_precision=False, alternate_corr=False)

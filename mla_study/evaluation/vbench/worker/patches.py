@@ -101,16 +101,14 @@ def static_filter(arguments: Any, device: Any) -> Any:
     import vbench.cli.static_filter as module
     from vbench.third_party.RAFT.core.raft import RAFT
 
-    class OnDevice(module.StaticFilter):
-        def load_model(self) -> None:
-            state = torch.load(self.args.model, map_location="cpu")
-            state = {name.replace("module.", ""): value for name, value in state.items()}
-            self.model = RAFT(self.args)
-            lacking(self.model, state, self.args.model)
-            self.model.load_state_dict(state)
-            self.model.to(self.device)
-            self.model.eval()
-
+    state = torch.load(arguments.model, map_location="cpu")
+    state = {name.replace("module.", ""): value for name, value in state.items()}
+    model = RAFT(arguments)
+    lacking(model, state, arguments.model)
+    model.load_state_dict(state)
     module.DEVICE = device
+    # its own __init__ would load the file by itself
+    judge = object.__new__(module.StaticFilter)
+    judge.args, judge.device, judge.model = arguments, device, model.to(device).eval()
     _applied.append(DEVICE)
-    return OnDevice(arguments, device)
+    return judge

@@ -15,7 +15,7 @@ from .scorers import Line, Loader, Scorer
 CLIP_B = "clip_model/ViT-B-32.pt"
 CLIP_L = "clip_model/ViT-L-14.pt"
 HEAD = "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth"
-MUSIQ = "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth"
+SPAQ = "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth"
 DINO_CODE = "torch/hub/facebookresearch_dino_main/hubconf.py"
 DINO = "torch/hub/checkpoints/dino_vitbase16_pretrain.pth"
 
@@ -77,13 +77,13 @@ def _aesthetic(request: Line) -> Scorer:
 
 
 def _imaging(request: Line) -> Scorer:
-    (file,) = need(request["weights"], MUSIQ)
+    (file,) = need(request["weights"], SPAQ)
     import torch
-    from pyiqa.archs.musiq_arch import MUSIQ as Musiq
+    from pyiqa.archs.musiq_arch import MUSIQ
     from vbench.imaging_quality import technical_quality
 
     device = torch.device(request["device"])
-    model = Musiq(pretrained_model_path=file)
+    model = MUSIQ(pretrained_model_path=file)
     model.to(device)
     model.training = False
 

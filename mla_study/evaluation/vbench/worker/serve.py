@@ -43,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     channel.say("ready", versions=versions, patches=patches.applied(), load_s=loaded)
     try:
         for line in channel.lines():
-            channel.say(**_answer(score, line))
-    except Lost as error:
+            channel.say(**answer(score, line))
+    except LostDeviceError as error:
         channel.say("error", reason=str(error))
         return EXIT_USELESS
     except ValueError as error:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-class Lost(Exception):
+class LostDeviceError(Exception):
     """The device no longer answers; no further video can be scored by this process."""
 
 
@@ -116,28 +116,28 @@ def _load(request: Mapping[str, Any]) -> Scorer:
     return load(dict(request))
 
 
-def _answer(score: Scorer, line: Line) -> Line:
-    """The event for one video. :raises Lost: see there."""
+def answer(score: Scorer, line: Line) -> Line:
+    """The event for one video. :raises LostDeviceError: see there."""
     started = time.perf_counter()
     try:
         found = score(line)
         value = float(found["value"])
         if not math.isfinite(value):
             raise ValueError(f"VBench's score of it is {value}")
-        answer = {"event": "score", "id": line["id"], "counted": True, "more": {}, **found}
-        answer["value"] = value
-        json.dumps(answer, allow_nan=False)
+        said = {"event": "score", "id": line["id"], "counted": True, "more": {}, **found}
+        said["value"] = value
+        json.dumps(said, allow_nan=False)
     except Exception as error:
         _show(error)
         reason = sentence(error)
         if any(mark in reason for mark in LOST_GPU):
-            raise Lost(reason) from error
+            raise LostDeviceError(reason) from error
         _free_gpu()
         return {"event": "failed", "id": line["id"], "reason": reason}
-    answer["seconds"] = round(time.perf_counter() - started, 3)
+    said["seconds"] = round(time.perf_counter() - started, 3)
     # the peak so far, in KiB on Linux
-    answer["rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-    return answer
+    said["rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    return said
 
 
 def _show(error: BaseException) -> None:
