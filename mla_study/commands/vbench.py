@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -89,7 +89,10 @@ class Run:
         names = [name for given in self.dimensions for name in given.replace(",", " ").split()]
         scorers = scorers_for(self.mode, names or ["all"])
         other = [name for name in scorers if name not in dimensions.NATIVE]
-        found = environment.find_environment(self.environment) if other else None
+        long_mode = self.mode == "long"
+        found = environment.find_environment(self.environment) if other or long_mode else None
+        if found is not None:
+            environment.require_versions(found, long_mode)
         folder, detectron2 = weights.weights_folder(self.weights), self.detectron2
         known = dimensions.DIMENSIONS
         if found and any(known[name].detectron2 for name in scorers if name in known):
@@ -100,9 +103,7 @@ class Run:
         place = Place(folder, found, detectron2, self.trust_weights)
         devices, threads = _slots(self.device, self.workers, found)
         long = None
-        if self.mode == "long":
-            found = environment.find_environment(self.environment)
-            place = replace(place, environment=found)
+        if long_mode:
             configs = load_configs(self.long_configs)
             long = LongOptions(configs, self.upstream_exact, self.clip_to_clip, self.split_scenes)
         request = Request(

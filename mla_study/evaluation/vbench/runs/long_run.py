@@ -37,6 +37,7 @@ from mla_study.evaluation.vbench.runs.scoring import (
     kept,
     protocol_of,
     save_problems,
+    weights_mode,
     write,
 )
 from mla_study.evaluation.vbench.runs.store import Key, Scored, Scores, question
@@ -70,7 +71,6 @@ def run_long(
     """Cut, score and average; see :func:`run.run`."""
     options = request.long
     assert options is not None
-    mode = "long" if options.dev else "short"
     standard = all(video.prompt in suite for video in seen)
     asked = {
         scorer: subjects(scorer, "long" if standard else "custom", seen, suite)
@@ -86,8 +86,6 @@ def run_long(
         }
         for scorer in scorers
     }
-    # before the cutting, which takes long
-    make_plan(scorers, dict.fromkeys(scorers, ()), suite, request.where, mode)
     for scorer, mine in lengths.items():
         for video in asked[scorer]:
             for note in long.notes_of(
@@ -104,7 +102,7 @@ def run_long(
     }  # fmt: skip
     plan = make_plan(
         scorers, {s: [clip.video for clip in mine] for s, mine in of_scorer.items()}, suite,
-        request.where, mode,
+        request.where, weights_mode(request),
     )  # fmt: skip
     stopped, more = answer(plan.questions, request, store, say, progress)
     failures += more

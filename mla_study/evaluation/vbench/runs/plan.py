@@ -151,21 +151,32 @@ def video_name(video: Video) -> str:
     return f"{video.prompt}-{video.index}.mp4"
 
 
-def make_plan(
-    scorers: Sequence[str], asked: Mapping[str, Sequence[Video]], suite: Mapping[str, Entry],
-    place: Place, mode: Mode = "short",
-) -> Plan:  # fmt: skip
-    """The questions of a run; weights are checked, VBench would unpickle them without a look.
-
-    Args:
-        asked: scorer -> its videos.
+def preflight(scorers: Iterable[str], place: Place, mode: Mode) -> None:
+    """Look for the weights of scorers, which VBench would unpickle without a look.
 
     Raises:
         UserError: weights are missing or damaged, or unknown and not trusted.
     """
-    plan = Plan()
     for scorer in scorers:
-        weights.require([scorer], place.weights, mode, trust=place.trust)
+        try:
+            weights.require([scorer], place.weights, mode, trust=place.trust)
+        except UserError as error:
+            sentence = str(error).rstrip(".")
+            raise UserError(f"{scorer}: {sentence}; mla-study vbench doctor lists all") from None
+
+
+def make_plan(
+    scorers: Sequence[str], asked: Mapping[str, Sequence[Video]], suite: Mapping[str, Entry],
+    place: Place, mode: Mode = "short",
+) -> Plan:  # fmt: skip
+    """The questions of a run, see :func:`preflight`.
+
+    Args:
+        asked: scorer -> its videos.
+    """
+    plan = Plan()
+    preflight(scorers, place, mode)
+    for scorer in scorers:
         hashes = weights.fingerprint(scorer, place.weights, mode)
         plan.weights[scorer] = dict(hashes)
         plan.random |= weights.is_random(

@@ -20,6 +20,7 @@ from mla_study.evaluation.vbench.runs.plan import (
     STATIC_FILTER,
     base_of,
     make_plan,
+    preflight,
     subjects,
     wanted_videos,
 )
@@ -33,6 +34,7 @@ from mla_study.evaluation.vbench.runs.scoring import (
     kept,
     protocol_of,
     save_problems,
+    weights_mode,
     write,
 )
 from mla_study.evaluation.vbench.runs.store import Scores, locked
@@ -49,6 +51,7 @@ def run(request: Request, say: Say, progress: bool = True) -> Finished:
         UserError: no videos, a bad one (all are named in ``problems.csv``), weights that are not
             there, a folder in use.
     """
+    preflight(request.scorers, request.where, weights_mode(request))
     out = request.out if request.shard is None else request.out / shard_name(*request.shard)
     with locked(out):
         store = Scores(out)
@@ -122,7 +125,7 @@ def _run(request: Request, store: Scores, say: Say, progress: bool) -> Finished:
     scorers = [name for name in request.scorers if asked[name]]
     filtered = _static(request, asked, suite, store, say, progress)
     lacking = _lacking(seen, suite, scorers, filtered)
-    plan = make_plan(scorers, asked, suite, request.where, request.mode)
+    plan = make_plan(scorers, asked, suite, request.where, weights_mode(request))
     stopped, failures = answer(plan.questions, request, store, say, progress)
     answered = kept(plan.questions, store)
     protocol = replace(

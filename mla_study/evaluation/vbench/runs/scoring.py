@@ -87,6 +87,13 @@ class Finished:
     stopped: dict[str, str] = field(default_factory=dict[str, str])
 
 
+def weights_mode(request: Request) -> Mode:
+    """Whose weights are needed: those that compare clips only where clips are compared."""
+    if request.long is not None:
+        return "long" if request.long.dev else "short"
+    return request.mode
+
+
 def answer(
     questions: Sequence[Question], request: Request, store: Scores, say: Say, progress: bool
 ) -> tuple[dict[str, str], list[Problem]]:

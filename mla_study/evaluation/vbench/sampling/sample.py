@@ -157,7 +157,8 @@ def _begin(
     }
     record = run_record(
         config=config, inputs=inputs, seed=base,
-        modules=["mla_study.evaluation.vbench.sampling.sample"], provenance="measured", validity="full", observed=observed,
+        modules=["mla_study.evaluation.vbench.sampling.sample"], provenance="measured",
+        validity="full", observed=observed,
     )  # fmt: skip
     record["prompts"] = {
         "from": Path(prompts.name).name, "known_as": told_by(prompts.sha256),

@@ -8,12 +8,11 @@ refused.
 from __future__ import annotations
 
 import importlib
-import math
 from pathlib import Path
 from typing import Any
 
 from . import patches
-from .media import frames_by_cv2, need, under_its_name
+from .media import Counted, need, under_its_name
 from .scorers import Line, Loader, Scorer
 
 AMT = "amt_model/amt-s.pth"
@@ -27,12 +26,12 @@ LEAST_STATIC = 5
 
 
 def _flickering(request: Line) -> Scorer:
-    from vbench.temporal_flickering import cal_score
+    module: Any = importlib.import_module("vbench.temporal_flickering")
+    read = Counted(module, "get_frames", 2)
 
     def score(line: Line) -> Line:
         with under_its_name(line) as path:
-            frames, _ = frames_by_cv2(path, 2)
-            return {"value": cal_score(path), "terms": 1, "frames": frames}
+            return {"value": module.cal_score(path), "terms": 1, "frames": read.frames}
 
     return score
 
@@ -45,11 +44,11 @@ def _smoothness(request: Line) -> Scorer:
     configuration = Path(module.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
     device = torch.device(request["device"])
     model = module.MotionSmoothness(str(configuration), file, device)
+    read = Counted(model.fp, "get_frames", 3)
 
     def score(line: Line) -> Line:
         with under_its_name(line) as path:
-            frames, _ = frames_by_cv2(path, 3)
-            return {"value": model.motion_score(path), "terms": 1, "frames": frames}
+            return {"value": model.motion_score(path), "terms": 1, "frames": read.frames}
 
     return score
 
@@ -62,17 +61,13 @@ def _degree(request: Line) -> Scorer:
 
     model = DynamicDegree(_raft(file, small), torch.device(request["device"]))
 
+    # of fewer than this VBench says that they move, whatever they show
+    read = Counted(model, "get_frames", LEAST_SAMPLED, f"frames at {SAMPLED_PER_S} a second")
+
     def score(line: Line) -> Line:
         with under_its_name(line) as path:
-            frames, rate = frames_by_cv2(path, 2)
-            sampled = math.ceil(frames / max(1, round(rate / SAMPLED_PER_S)))
-            if sampled < LEAST_SAMPLED:
-                raise ValueError(
-                    f"{Path(path).name} gives {sampled} frames at {SAMPLED_PER_S} a second; of "
-                    f"fewer than {LEAST_SAMPLED} VBench says that they move, whatever they show"
-                )
             moves = bool(model.infer(path))
-        return {"value": int(moves), "terms": 1, "frames": frames, "more": {"sampled": sampled}}
+        return {"value": int(moves), "terms": 1, "frames": read.frames}
 
     return score
 
@@ -83,11 +78,11 @@ def _static(request: Line) -> Scorer:
     import torch
 
     model = patches.static_filter(_raft(file, small), torch.device(request["device"]))
+    read = Counted(model, "get_frames", LEAST_STATIC)
 
     def score(line: Line) -> Line:
         with under_its_name(line) as path:
-            frames, _ = frames_by_cv2(path, LEAST_STATIC)
-            return {"value": int(bool(model.infer(path))), "terms": 1, "frames": frames}
+            return {"value": int(bool(model.infer(path))), "terms": 1, "frames": read.frames}
 
     return score
 

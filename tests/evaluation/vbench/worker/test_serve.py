@@ -107,9 +107,9 @@ def test_raft_small_sees_a_shift_and_no_motion_in_a_frozen_video(
         refused = worker.ask(short)
         assert worker.end() == 0
     assert [answer["value"] for answer in answers] == [1.0, 0.0]
-    assert [answer["more"]["sampled"] for answer in answers] == [6, 6]
+    assert [answer["frames"] for answer in answers] == [6, 6]
     # upstream's rule wants round(4 * 2 / 16) = 0 moves of it, and calls it moving
-    assert refused["event"] == "failed" and "whatever they show" in refused["reason"]
+    assert refused["event"] == "failed" and "frames at 8 a second, but 3" in refused["reason"]
 
 
 @pytest.mark.assets
