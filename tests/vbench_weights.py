@@ -8,6 +8,7 @@ in half precision; CLIP's is read off the file, so that a narrow one does.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -30,12 +31,17 @@ def dino_vitb16(pretrained=True, **options):
 """
 
 
-def make(python: Path, root: Path, files: Iterable[str]) -> None:
-    """Have VBench's interpreter write the named files below ``root``; those there are kept."""
+def make(python: Path, root: Path, files: Iterable[str], path: str = "") -> None:
+    """Have VBench's interpreter write the named files below ``root``; those there are kept.
+
+    Args:
+        path: what its import path needs more; GRiT wants a checkout of detectron2.
+    """
     wanted = [file for file in files if not (root / file).exists()]
     if wanted:
         command = [str(python), str(Path(__file__)), str(root), *wanted]
-        done = subprocess.run(command, capture_output=True, text=True)
+        surroundings = {**os.environ, "PYTHONPATH": path, "TRANSFORMERS_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
         assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -212,14 +218,23 @@ def _bert(path: Path) -> None:
 
 
 def _tag2text(path: Path) -> None:
-    import os
-
     import torch
     from vbench.third_party.tag2Text.tag2text import Tag2Text_Caption
 
     os.chdir(path.parents[1])
     with _Unfilled():
         model = Tag2Text_Caption(image_size=384, vit="swin_b")
+    torch.save({"model": _fill(model)}, path)
+
+
+def _grit(path: Path) -> None:
+    import torch
+    from detectron2.modeling import build_model
+    from vbench.third_party.grit_src.image_dense_captions import get_parser, setup_cfg
+
+    os.chdir(path.parents[1])
+    with _Unfilled():
+        model = build_model(setup_cfg(get_parser(torch.device("cpu"), "")))
     torch.save({"model": _fill(model)}, path)
 
 
@@ -239,12 +254,12 @@ FILES: dict[str, Save] = {
     "bert-base-uncased/config.json": _bert_config,
     "bert-base-uncased/pytorch_model.bin": _bert,
     "caption_model/tag2text_swin_14m.pth": _tag2text,
+    "grit_model/grit_b_densecap_objectdet.pth": _grit,
 }
-"""Place below the weights folder -> what writes it; the last needs those before it."""
+"""Place below the weights folder -> what writes it; the last two need BERT's."""
 
 
 def main(root: Path, wanted: list[str]) -> None:
-    import os
     import time
 
     os.environ["VBENCH_CACHE_DIR"] = str(root)

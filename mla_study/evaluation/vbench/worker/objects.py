@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from . import patches
 from .content import need_bert
 from .media import frames_by_decord, need, under_its_name
 from .pictures import told
@@ -50,6 +51,10 @@ def _with_grit(request: Line) -> Scorer:
     detector = DenseCaptioning(device)
     set_up = detector.initialize_model if dimension == "color" else detector.initialize_model_det
     set_up(model_weight=file)
+    # detectron2 only warns of what a file lacks
+    state = torch.load(file, map_location="cpu")
+    patches.lacking(detector.demo.predictor.model, state.get("model", state), file)
+    del state
     compare = getattr(module, dimension)
 
     def score(line: Line) -> Line:

@@ -47,7 +47,7 @@ def raft_small(assets: Path, tmp_path: Path) -> Path:
 def test_flickering_of_real_clips_is_that_of_vbench_itself(
     start: START, assets: Path, tmp_path: Path
 ) -> None:
-    clips = [assets / "clips" / f"{name}.mp4" for name in ("bbb_480p_5s", "friday", "nasa_13013")]
+    clips = [assets / "clips" / f"{name}.mp4" for name in ("bbb_480p_5s", "nasa_13013")]
     worker = start("temporal_flickering")
     assert worker.said["event"] == "ready"
     assert worker.said["versions"]["vbench"] == "0.1.5" and worker.said["patches"] == []
@@ -58,8 +58,8 @@ def test_flickering_of_real_clips_is_that_of_vbench_itself(
     assert [answer["value"] for answer in answers] == pytest.approx(itself, abs=1e-9)
     # measured once on these files
     assert answers[0]["value"] == pytest.approx(0.985218, abs=1e-5)
-    assert [answer["terms"] for answer in answers] == [1, 1, 1]
-    assert answers[0]["frames"] == 120 and answers[2]["frames"] == 325
+    assert [answer["terms"] for answer in answers] == [1, 1]
+    assert answers[0]["frames"] == 120 and answers[1]["frames"] == 325
     assert all(answer["seconds"] > 0 and answer["rss_mib"] > 100 for answer in answers)
 
 
@@ -116,8 +116,8 @@ def test_raft_small_sees_a_shift_and_no_motion_in_a_frozen_video(
 def test_the_static_filter_keeps_a_frozen_video_and_drops_a_moving_one(
     start: START, raft_small: Path, tmp_path: Path
 ) -> None:
-    frozen = shifted(tmp_path / "frozen-0.mp4", 9, (0, 0))
-    moving = shifted(tmp_path / "moving-0.mp4", 9, (5, 3))
+    frozen = shifted(tmp_path / "frozen-0.mp4", 6, (0, 0))
+    moving = shifted(tmp_path / "moving-0.mp4", 6, (5, 3))
     short = shifted(tmp_path / "short-0.mp4", 4, (0, 0))
     with start("static_filter", raft_small, options={"small": True}) as worker:
         assert worker.said["patches"] == ["static_filter: device"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,7 @@ PATCHES = {
     "human_action": ["human_action: model loaded once"],
     "static_filter": ["static_filter: device"],
 }
+DETECTRON2 = "MLA_STUDY_DETECTRON2"
 MOST_MIB = 12_000
 ACTION = f"A person is {vbench_weights.ACTION}-0.mp4"
 
@@ -86,6 +88,21 @@ def test_a_dimension_goes_from_its_weights_to_a_score(
     # the random recogniser sees one action in everything, and the label is read off the name
     assert scorer != "human_action" or said["value"] == 1.0
     assert worker.said["patches"] == PATCHES.get(scorer, []) and worker.said["load_s"] > 0
+
+
+@pytest.mark.timeout(1200)
+def test_grit_runs_with_a_checkout_of_detectron2(tmp_path: Path) -> None:
+    checkout = os.environ.get(DETECTRON2)
+    if not checkout:
+        pytest.skip(f"{DETECTRON2} names no checkout of detectron2")
+    python, grit = interpreter(), "grit_model/grit_b_densecap_objectdet.pth"
+    vbench_weights.make(python, tmp_path, (*BERT[:2], grit), checkout)
+    video = shifted(tmp_path / "a-0.mp4", 5, (0, 0))
+    with Worker(python, tmp_path, "color", tmp_path / "worker.log", detectron2=checkout) as worker:
+        said = worker.ask(video, prompt="a red car", auxiliary={"color": "red"})
+        assert worker.end() == 0
+    # the random detector finds no car, which VBench does not count
+    assert said["event"] == "score" and not said["counted"] and said["terms"] == 0
 
 
 @pytest.mark.parametrize("scorer", ["human_action", "dynamic_degree"])
