@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from analysis import miniature, prediction
+from analysis import miniature
 from mla_study.errors import UserError
+from mla_study.miniature import prediction
 from mla_study.study.plots import COLOURS, PAGE_WIDTH, save_figure, stamp, style
 from mla_study.study.tables import Column, save_table, spell
 

@@ -9,7 +9,6 @@ values d_c + d_rope wide, as scaled_dot_product_attention computes them; d_c alo
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from mla_study.config import ModelConfig, WindowConfig, wan_1_3b
 from mla_study.evaluation.efficiency.memory import cache_bytes
 from mla_study.evaluation.efficiency.model_cost import WINDOWS, chunk_cost, frame_tokens
 from mla_study.model.cache import RollingCache
+from mla_study.study.formulas import evaluated
 from mla_study.study.plots import style
 from mla_study.study.runs import file_sha256, round_significant, run_record
 from mla_study.study.tables import Column, save_table
@@ -54,12 +54,6 @@ ROWS: dict[str, tuple[str | None, WindowConfig, str | None, bool]] = {
     "the same through SDPA": (None, LOCAL, "absorbed", True),
     "latent local, reconstructed": (None, LOCAL, "reconstruct", False),
 }
-
-
-def evaluated(formula: str, values: dict[str, float]) -> float:
-    """A formula of the paper's table, such as ``n W (d_c + d_rope)``, in numbers."""
-    spelt = re.sub(r"(?<=[\w)])\s+(?=[\w(])", "*", formula).replace("^", "**")
-    return float(eval(spelt, {"__builtins__": {}}, dict(values)))
 
 
 def symbols(config: ModelConfig) -> dict[str, float]:

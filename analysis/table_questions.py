@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis import miniature, prediction
-from analysis.miniature import INITS, MARGIN, score_rows
+from analysis import miniature
+from analysis.miniature import INITS, MARGIN, of_student, score_rows
 from mla_study.errors import UserError
+from mla_study.miniature import prediction
 from mla_study.study.plots import style
 from mla_study.study.runs import round_significant
 from mla_study.study.tables import Column, save_table
@@ -123,19 +124,13 @@ def _row(
     }  # fmt: skip
 
 
-def _of(frame: pd.DataFrame, student: str) -> pd.DataFrame:
-    """Rows of a student at the default sizes (the long run included)."""
-    rows = pd.concat([miniature.usual(frame), frame[miniature.is_long(frame)]])
-    return rows[miniature.student(rows) == student]
-
-
 def rank_rows(ranks: pd.DataFrame) -> Iterator[Row]:
     """r_.99 after all stages against the start, an untrained model and a Gaussian product."""
     keep = (ranks["operator"] == "composed") & (ranks["gauge"] == "raw")
     rows = ranks[keep & (ranks["metric"] == "r_0.99_interp")]
     verdict = sign("less", "more", "no more")
     for init in INITS:
-        mine = _of(rows, init)
+        mine = of_student(rows, init)
         if mine.empty:
             continue
         ends = [mine["step"].min(), mine["step"].max()]
@@ -152,9 +147,9 @@ def rank_rows(ranks: pd.DataFrame) -> Iterator[Row]:
 def step_rows(curves: pd.DataFrame) -> Iterator[Row]:
     """Steps of each init to the loss that random ends teacher forcing with."""
     rows = curves[(curves["name"] == "held_out") & (curves["stage"] == "tf")]
-    ends = _of(miniature.held_out(curves), "random").set_index("seed")
+    ends = of_student(miniature.held_out(curves), "random").set_index("seed")
     for init in ("spectral", "activation"):
-        mine = _of(rows, init)
+        mine = of_student(rows, init)
         saved = [
             {"seed": seed, "value": miniature.steps_to(c, float(ends["value"][seed]))}
             for seed, c in mine.groupby("seed")
@@ -179,19 +174,20 @@ def catch_up_rows(curves: pd.DataFrame, scores: pd.DataFrame) -> Iterator[Row]:
     lost = miniature.held_out(curves)
     shown = score_rows(scores, "all_correct")
     behind = sign("passes", "stays behind", "not told apart")
-    spectral = _of(lost, "spectral")
+    spectral = of_student(lost, "spectral")
     for name in ("random", miniature.LONG):
-        mine = _of(lost, name)
+        mine = of_student(lost, name)
         if mine.empty:
             continue
         told = f"{name} ({int(mine['step'].max())} steps) − spectral"
         yield from _compare("catch up", f"TF loss, {told}", mine, spectral, behind)
         yield from _compare(
-            "catch up", f"all correct, {told}", _of(shown, name), _of(shown, "spectral"),
+            "catch up", f"all correct, {told}", of_student(shown, name),
+            of_student(shown, "spectral"),
             sign("stays behind", "passes", "not told apart"),
         )  # fmt: skip
     rows = curves[(curves["name"] == "held_out") & (curves["stage"] == "tf")]
-    long, ends = _of(rows, miniature.LONG), spectral.set_index("seed")["value"]
+    long, ends = of_student(rows, miniature.LONG), spectral.set_index("seed")["value"]
     reached = [
         miniature.steps_to(mine, float(ends[seed]))
         for seed, mine in long.groupby("seed")
@@ -213,20 +209,21 @@ def activation_rows(curves: pd.DataFrame, scores: pd.DataFrame) -> Iterator[Row]
     lost = miniature.held_out(curves)
     for other in ("spectral", "spectral-raw", "random"):
         yield from _compare(
-            "activation", f"TF loss − {other}'s", _of(lost, "activation"), _of(lost, other),
+            "activation", f"TF loss − {other}'s", of_student(lost, "activation"),
+            of_student(lost, other),
             sign("better", "worse"),
         )  # fmt: skip
         for metric in ("all_correct", "iou"):
             shown = score_rows(scores, metric)
             yield from _compare(
-                "activation", f"{_told(metric)} − {other}'s", _of(shown, "activation"),
-                _of(shown, other), sign("worse", "better"),
+                "activation", f"{_told(metric)} − {other}'s", of_student(shown, "activation"),
+                of_student(shown, other), sign("worse", "better"),
             )  # fmt: skip
     for metric in ("all_correct", "iou"):
         shown = score_rows(scores, metric)
         yield from _compare(
-            "activation", f"{_told(metric)} − dense's", _of(shown, "activation"),
-            _of(shown, "dense"), cost,
+            "activation", f"{_told(metric)} − dense's", of_student(shown, "activation"),
+            of_student(shown, "dense"), cost,
         )  # fmt: skip
 
 
@@ -300,8 +297,8 @@ def rollout_rows(scores: pd.DataFrame) -> Iterator[Row]:
         iou = score_rows(scores, "iou")
         late = score_rows(scores, "iou", clips=10, scope="last")
         yield from _compare(
-            "rollout", f"{student}: IoU, last of 10x − 1x", _of(late, student), _of(iou, student),
-            cost,
+            "rollout", f"{student}: IoU, last of 10x − 1x", of_student(late, student),
+            of_student(iou, student), cost,
         )  # fmt: skip
         conditions = [c for c in dict.fromkeys(scores["condition"]) if not c.startswith("plain")]
         for condition in conditions:
@@ -312,7 +309,7 @@ def rollout_rows(scores: pd.DataFrame) -> Iterator[Row]:
                 )
                 yield from _compare(
                     "rollout", f"{student}, {condition}: {_told(metric)}, 10x",
-                    _of(other, student), _of(plain, student), cost,
+                    of_student(other, student), of_student(plain, student), cost,
                 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import tyro
 from mla_study.commands.bench import Bench
 from mla_study.commands.cache_error import CacheError
 from mla_study.commands.checkpoint import Checkpoint
+from mla_study.commands.claims import Claims
 from mla_study.commands.dispatch import Calibrate, Dispatch
 from mla_study.commands.generate import Generate
 from mla_study.commands.latentize import Latentize
@@ -286,6 +287,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Study, tyro.conf.subcommand("study")]
     | Annotated[VBench, tyro.conf.subcommand("vbench")]
+    | Annotated[Claims, tyro.conf.subcommand("claims")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Dispatch, tyro.conf.subcommand("dispatch")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]

@@ -21,12 +21,12 @@ from analysis import (
     fig_subspace,
     fig_training_curves,
     miniature,
-    prediction,
     table5a_latent_dim,
     table5b_split,
     table_questions,
 )
 from mla_study.errors import UserError
+from mla_study.miniature import prediction
 
 Drawn = Callable[[ModuleType], Figure]
 

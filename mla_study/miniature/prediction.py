@@ -7,17 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.miniature import (
-    D_C,
-    D_ROPE,
-    WIDTH,
-    held_out,
-    percentiles,
-    score_rows,
-    spearman,
-    usual,
-)
+from mla_study.miniature.results import D_C, D_ROPE, WIDTH, held_out, score_rows, usual
 from mla_study.study.runs import round_significant
+from mla_study.study.statistics import percentiles, spearman
 
 _RUN = ["run", "variant", "init", "d_c", "d_rope", "seed"]
 PREDICTORS = {
