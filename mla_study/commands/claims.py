@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,8 +29,8 @@ class _Tables:
     alone: bool = False
     """Ask only the folders of --results, not the project's results."""
 
-    def outcomes(self) -> list[Outcome]:
-        """All claims, judged; tables that are not what their record says are named on stderr."""
+    def outcomes(self, only: Sequence[str] = ()) -> list[Outcome]:
+        """Claims, judged (default: all); tables that do not fit their record are told on stderr."""
         from mla_study.study.claims import evaluate
         from mla_study.study.claims.ledger import altered_files
         from mla_study.study.notebooks import Project
@@ -37,7 +38,7 @@ class _Tables:
         if self.alone and not self.results:
             raise UserError("--alone needs --results: it says to ask no other folder")
         own = None if self.alone else Project.find().root / "results"
-        found = evaluate(own, self.results)
+        found = evaluate(own, self.results, only)
         for file in altered_files(found):
             _say(f"results/{file} is not the table that its run record describes")
         return found
@@ -79,13 +80,11 @@ class ClaimsShow(_Tables):
 
     def run(self) -> int:
         """Judge and print."""
-        from mla_study.study.claims.ledger import by_id
         from mla_study.study.claims.report import document, full_text
 
         if not self.id:
             raise UserError("which claim? `mla-study claims list` names them")
-        found = self.outcomes()
-        chosen = [by_id(found, name) for name in self.id]
+        chosen = self.outcomes(self.id)
         if self.json:
             _print_json(document(chosen))
         else:

@@ -56,19 +56,23 @@ class Change:
         return f"{self.id}: {self.old} -> {self.new} ({cause})"
 
 
-def evaluate(results: Path | None, more: Sequence[Path] = ()) -> list[Outcome]:
+def evaluate(
+    results: Path | None, more: Sequence[Path] = (), only: Sequence[str] = ()
+) -> list[Outcome]:
     """Judge every claim by the tables of a results folder.
 
     Args:
         results: such as the project's ``results/``; None: only what ``more`` has.
         more: folders of a user's own results, which stand in for those of the same name.
+        only: ids of the claims that are wanted, in that order; none means all.
 
     Raises:
-        UserError: a folder is no results folder, or a table cannot be read. A table that is not
-            there is no error: its claims are then not testable.
+        UserError: there is no such claim, a folder is no results folder, or a table cannot be
+            read. A table that is not there is no error: its claims are then not testable.
     """
+    wanted = [claim_of(name) for name in only] if only else CLAIMS
     tables = Tables(results, more)
-    return [outcome(claim, tables) for claim in CLAIMS]
+    return [outcome(claim, tables) for claim in wanted]
 
 
 def outcome(claim: Claim, tables: Tables) -> Outcome:
@@ -87,6 +91,8 @@ def outcome(claim: Claim, tables: Tables) -> Outcome:
         claim,
         ruling.verdict,
         ruling.why,
+        ruling.number,
+        ruling.against,
         missing,
         found.scale or claim.scale,
         found.numbers,
@@ -112,8 +118,8 @@ def tables_of(outcomes: Sequence[Outcome]) -> dict[str, pd.DataFrame]:
             "place": one.claim.place,
             "quantity": one.claim.quantity,
             "unit": one.claim.unit,
-            "number": headline(one)[0],
-            "against": headline(one)[1],
+            "number": NONE if one.number is None else one.number.text(),
+            "against": one.against or NONE,
             "why": one.why,
             "figure": one.claim.figure,
             "command": one.claim.command,
@@ -138,16 +144,6 @@ def tables_of(outcomes: Sequence[Outcome]) -> dict[str, pd.DataFrame]:
         "numbers": round_significant(pd.DataFrame(numbers, columns=wide)),
         "sources": pd.DataFrame(sources, columns=named),
     }
-
-
-def headline(one: Outcome) -> tuple[str, str]:
-    """The number that decides, and what it is set against: the null, else what is stated."""
-    found = one.of("found")
-    against = one.of("null") or one.of("stated")
-    number = found[0] if found else None
-    if number is None:
-        return NONE, f"{against[0].text()}" if against else NONE
-    return number.text(), against[0].text() if against else "0"
 
 
 def write(outcomes: Sequence[Outcome], folder: Path) -> None:
@@ -224,8 +220,9 @@ def drifted(ledger: Result, outcomes: Sequence[Outcome]) -> list[str]:
             frame[frame["id"] == one.id].reset_index(drop=True).astype(object)
             for frame in (numbers, ledger.tables["numbers"])
         )
-        same = mine.shape == kept.shape and (mine.eq(kept) | (mine.isna() & kept.isna())).all(None)
-        if not same or list(differing(ledger, one)):
+        alike = mine.shape == kept.shape
+        alike = alike and bool((mine.eq(kept) | (mine.isna() & kept.isna())).to_numpy().all())
+        if not alike or list(differing(ledger, one)):
             found.append(one.id)
     return found
 
@@ -243,15 +240,15 @@ def differing(ledger: Result, one: Outcome) -> Iterator[str]:
     yield from (f"results/{file}" for file, sha in now.items() if kept.get(file) != sha)
 
 
-def by_id(outcomes: Sequence[Outcome], name: str) -> Outcome:
-    """The outcome of a claim.
+def claim_of(name: str) -> Claim:
+    """The claim of an id.
 
     Raises:
         UserError: there is no such claim.
     """
-    for one in outcomes:
-        if one.id == name:
-            return one
-    near = difflib.get_close_matches(name, [one.id for one in outcomes], 1)
-    hint = f"did you mean {near[0]}?" if near else "`mla-study claims list` names them."
-    raise UserError(f"there is no claim '{name}': {hint}")
+    known = {claim.id: claim for claim in CLAIMS}
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), 1)
+        hint = f"did you mean {near[0]}?" if near else "`mla-study claims list` names them."
+        raise UserError(f"there is no claim '{name}': {hint}")
+    return known[name]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from mla_study.study.runs import Provenance, Validity
 
@@ -124,12 +124,19 @@ def evidence(
 
 @dataclass(frozen=True)
 class Ruling:
-    """A verdict and the sentence that says why, both computed."""
+    """A verdict, the sentence that says why, and the number that decided, all computed.
+
+    Attributes:
+        against: what the number was set against, as text.
+    """
 
     verdict: Verdict
     why: str
+    number: Number | None = None
+    against: str = ""
 
 
+@runtime_checkable
 class Rule(Protocol):
     """Turns numbers into a verdict; a frozen dataclass, so that a claim stays data."""
 
@@ -196,6 +203,8 @@ class Outcome:
     """A claim judged: all that a page needs.
 
     Attributes:
+        number, against: the one that decided, and what it was set against; of a claim that is not
+            testable the first that is there, if any.
         missing: of a claim that is not testable here, what is missing.
         provenance: the classes of its numbers, in order.
         validity: the worst of its sources'.
@@ -205,6 +214,8 @@ class Outcome:
     claim: Claim
     verdict: Verdict
     why: str
+    number: Number | None
+    against: str
     missing: str
     scale: Scale
     numbers: tuple[Number, ...]

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from mla_study.study.claims.ledger import headline
+from mla_study.study.claims.ledger import NONE
 from mla_study.study.claims.model import Number, Outcome, Role, Verdict
 
 _ROLES: dict[Role, str] = {
@@ -31,8 +31,7 @@ def listing(outcomes: Sequence[Outcome], width: int | None = None) -> str:
         width: of the terminal; where the statement does not fit beside the rest it goes below.
             None: one line a claim, however long.
     """
-    rows = [_HEADS, *((one.id, one.verdict, one.scale, *map(_cut, headline(one)), _statement(one))
-                      for one in outcomes)]  # fmt: skip
+    rows = [_HEADS, *(_row(one) for one in outcomes)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS) - 1)]
     lines: list[str] = []
     for row in rows:
@@ -45,6 +44,12 @@ def listing(outcomes: Sequence[Outcome], width: int | None = None) -> str:
                 row[-1], max(width, 40), initial_indent="    ", subsequent_indent="    "
             )
     return "\n".join([*lines, "", counts(outcomes)])
+
+
+def _row(one: Outcome) -> tuple[str, ...]:
+    number = NONE if one.number is None else one.number.text()
+    against = one.against or NONE
+    return one.id, one.verdict, one.scale, _cut(number), _cut(against), _statement(one)
 
 
 def counts(outcomes: Sequence[Outcome]) -> str:
@@ -107,6 +112,8 @@ def document(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             "verdict": one.verdict,
             "missing": one.missing,
             "why": one.why,
+            "number": None if one.number is None else _plain(one.number),
+            "against": one.against,
             "scale": one.scale,
             "place": one.claim.place,
             "quantity": one.claim.quantity,
@@ -151,4 +158,5 @@ def _cut(text: str) -> str:
 
 def _wrapped(text: str, before: str = "  ") -> list[str]:
     after = " " * len(before)
+    text = text.replace(" %", "\u00a0%")
     return textwrap.wrap(text, 100, initial_indent=before, subsequent_indent=after)

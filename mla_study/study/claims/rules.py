@@ -8,16 +8,34 @@ rule says so by raising :class:`~mla_study.study.claims.model.MissingError`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from mla_study.study.claims.model import Evidence, MissingError, Number, Ruling, Verdict, spell
+from mla_study.study.claims.model import (
+    Evidence,
+    MissingError,
+    Number,
+    Rule,
+    Ruling,
+    Verdict,
+    spell,
+)
 
 SUPPORTED: Verdict = "supported"
 NOT_SUPPORTED: Verdict = "not supported"
 NOT_DISTINGUISHED: Verdict = "not distinguished from null"
 ARITHMETIC: Verdict = "arithmetic only"
 NOT_TESTABLE: Verdict = "not testable here"
+_MORE: dict[Verdict, str] = {
+    SUPPORTED: "above the null",
+    NOT_SUPPORTED: "below the null",
+    NOT_DISTINGUISHED: "not told apart from the null",
+}
+_FASTER: dict[Verdict, str] = {
+    SUPPORTED: "faster than noise explains",
+    NOT_SUPPORTED: "slower than noise explains",
+    NOT_DISTINGUISHED: "within the noise",
+}
 
 
 def agree(found: Number, told: Number) -> bool:
@@ -67,7 +85,7 @@ class Agrees:
     @property
     def text(self) -> str:
         return (
-            "each number found lies within the rounding of the stated one: 'supported' where it was"
+            "each number found lies within the bounds of the stated one: 'supported' where it was"
             " measured, 'arithmetic only' where it follows from other published numbers or from "
             "counting; otherwise 'not supported'"
         )
@@ -85,10 +103,13 @@ class Agrees:
                 NOT_SUPPORTED,
                 f"{len(off)} of {len(mine)} differ: {first.label} is {first.text()}, stated "
                 f"{spell(wanted.value)}",
+                first,
+                wanted.text(),
             )
         measured = all(number.provenance == "measured" for number in mine)
         verdict = SUPPORTED if measured else ARITHMETIC
-        return Ruling(verdict, f"all {len(mine)} agree with what is stated")
+        told_all = "it agrees" if len(mine) == 1 else f"all {len(mine)} agree"
+        return Ruling(verdict, f"{told_all} with what is stated", mine[0], told[0].text())
 
 
 @dataclass(frozen=True)
@@ -108,8 +129,9 @@ class First:
         if lost:
             named = ", ".join(f"{number.label}: place {number.value:g}" for number in lost[:3])
             rest = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            return Ruling(NOT_SUPPORTED, f"not first in {len(lost)} of {len(mine)}: {named}{rest}")
-        return Ruling(ARITHMETIC, f"first in all {len(mine)}")
+            why = f"not first in {len(lost)} of {len(mine)}: {named}{rest}"
+            return Ruling(NOT_SUPPORTED, why, lost[0], "first")
+        return Ruling(ARITHMETIC, f"first in all {len(mine)}", mine[0], "first")
 
 
 @dataclass(frozen=True)
@@ -128,10 +150,8 @@ class MoreThanNull:
 
     def __call__(self, found: Evidence) -> Ruling:
         mine = _bounded(_some(found, "found"))
-        each = [more(n.value, n.low, n.high, self.margin) for n in mine]
-        verdict = joined(each)
-        shown = mine[each.index(verdict)]
-        return Ruling(verdict, f"{_share(each, verdict)}: {shown.label} is {shown.text()}")
+        each: list[Verdict] = [more(n.value, n.low, n.high, self.margin) for n in mine]
+        return _ruling(mine, each, ["0"] * len(mine), _MORE)
 
 
 @dataclass(frozen=True)
@@ -167,6 +187,7 @@ class Despite:
         )
 
     def __call__(self, found: Evidence) -> Ruling:
+        against = _some(found, "null")[0].text()
         for number in _bounded(_some(found, "premise")):
             verdict = above(number.low, number.high, self.level)
             if verdict is None:
@@ -175,10 +196,10 @@ class Despite:
                     f"of {self.level:g}"
                 )
             if verdict == NOT_SUPPORTED:
-                return Ruling(
-                    verdict, f"no large loss is predicted: {number.label} is {number.text()}"
-                )
-        return _no_worse(found, self.margin, "a large loss is predicted, and ")
+                why = f"no large loss is predicted: {number.label} is {number.text()}"
+                return Ruling(verdict, why, number, against)
+        made = _no_worse(found, self.margin, "a large loss is predicted, and ")
+        return replace(made, number=_some(found, "premise")[0], against=against)
 
 
 @dataclass(frozen=True)
@@ -202,7 +223,8 @@ class AboveLevel:
         each = [above(n.low, n.high, self.level) for n in mine]
         if NOT_SUPPORTED in each:
             shown = mine[each.index(NOT_SUPPORTED)]
-            return Ruling(NOT_SUPPORTED, f"{shown.label} is {shown.text()}")
+            null = nulls[each.index(NOT_SUPPORTED)]
+            return Ruling(NOT_SUPPORTED, f"{shown.label} is {shown.text()}", shown, null.text())
         if None in each:
             shown = mine[each.index(None)]
             raise MissingError(
@@ -212,7 +234,8 @@ class AboveLevel:
         same = [agree(n, null) for n, null in zip(mine, nulls, strict=True)]
         shown, null = mine[0], nulls[0]
         told = f"{shown.label} is {shown.text()}, the null {null.text()}"
-        return Ruling(NOT_DISTINGUISHED if all(same) else SUPPORTED, told)
+        verdict = NOT_DISTINGUISHED if all(same) else SUPPORTED
+        return Ruling(verdict, told, shown, null.text())
 
 
 @dataclass(frozen=True)
@@ -235,15 +258,19 @@ class Reaches:
                 return Ruling(
                     NOT_SUPPORTED,
                     f"{number.label} is {number.text()}, below {spell(told.value)}",
+                    number,
+                    told.text(),
                 )
         for number in mine:
             if number.low <= noise.high:
                 return Ruling(
                     NOT_DISTINGUISHED,
                     f"{number.label}, {number.text()}, overlaps the noise, {noise.text()}",
+                    number,
+                    noise.text(),
                 )
         shown = mine[0]
-        return Ruling(SUPPORTED, f"{shown.label} is {shown.text()}")
+        return Ruling(SUPPORTED, f"{shown.label} is {shown.text()}", shown, told.text())
 
 
 @dataclass(frozen=True)
@@ -272,20 +299,20 @@ class Faster:
                 else SUPPORTED if number.high < under
                 else NOT_DISTINGUISHED
             )  # fmt: skip
-        verdict = joined(each)
-        shown = mine[each.index(verdict)]
-        return Ruling(verdict, f"{_share(each, verdict)}: {shown.label} is {shown.text()}")
+        return _ruling(mine, each, [noise.text() for noise in nulls], _FASTER)
 
 
-def judged(rule: object, found: Evidence) -> tuple[Ruling, str]:
-    """The ruling of a rule on evidence, and what is missing for another; never an exception."""
-    assert callable(rule)
-    if found.missing:
-        return Ruling(NOT_TESTABLE, f"needs {found.missing}"), found.missing
-    try:
-        return rule(found), ""
-    except MissingError as lacking:
-        return Ruling(NOT_TESTABLE, f"needs {lacking}"), str(lacking)
+def judged(rule: Rule, found: Evidence) -> tuple[Ruling, str]:
+    """The ruling of a rule on evidence, and what is missing for another; nothing is raised."""
+    missing = found.missing
+    if not missing:
+        try:
+            return rule(found), ""
+        except MissingError as lacking:
+            missing = str(lacking)
+    number = next(iter(found.of("found")), None)
+    against = next((null.text() for null in found.of("null")), "")
+    return Ruling(NOT_TESTABLE, f"needs {missing}", number, against), missing
 
 
 def _no_worse(found: Evidence, margin: float, before: str) -> Ruling:
@@ -293,14 +320,31 @@ def _no_worse(found: Evidence, margin: float, before: str) -> Ruling:
     each = [no_worse(n.low, n.high, margin) for n in mine]
     if NOT_SUPPORTED in each:
         shown = mine[each.index(NOT_SUPPORTED)]
-        return Ruling(NOT_SUPPORTED, f"{before}{shown.label} is {shown.text()}")
+        why = f"{before}{shown.label} is {shown.text()}"
+        return Ruling(NOT_SUPPORTED, why, shown, spell(-margin))
     if None in each:
         shown = mine[each.index(None)]
         raise MissingError(
             f"more seeds: {shown.label}, {shown.text()}, may be on either side of {-margin:g}"
         )
     shown = min(mine, key=lambda number: number.low)
-    return Ruling(SUPPORTED, f"{before}the worst, {shown.label}, is {shown.text()}")
+    why = f"{before}the worst, {shown.label}, is {shown.text()}"
+    return Ruling(SUPPORTED, why, shown, spell(-margin))
+
+
+def _ruling(
+    mine: Sequence[Number],
+    each: Sequence[Verdict],
+    against: Sequence[str],
+    words: Mapping[Verdict, str],
+) -> Ruling:
+    """Of several quantities: the joined verdict, and the first number that has it."""
+    verdict = joined(each)
+    place = each.index(verdict)
+    shown, count = mine[place], sum(one == verdict for one in each)
+    so = f"{count} of {len(each)} {words[verdict]}"
+    why = f"{so}: {shown.label} is {shown.text()}"
+    return Ruling(verdict, why, shown, against[place])
 
 
 def _some(found: Evidence, role: str) -> tuple[Number, ...]:
@@ -326,8 +370,3 @@ def _low(number: Number) -> float:
 
 def _high(number: Number) -> float:
     return number.high if math.isfinite(number.high) else number.value
-
-
-def _share(each: Sequence[Verdict], verdict: Verdict) -> str:
-    count = sum(one == verdict for one in each)
-    return f"{count} of {len(each)} {'is' if count == 1 else 'are'} so"

@@ -105,7 +105,7 @@ CLAIMS = (
     Claim(
         id="spectral-equals-random",
         statement="Random initialisation ends where spectral initialisation does.",
-        place="section 4; Fig. 8",
+        place="Fig. 8 and what is said of it",
         quantity="quality of the student of random init, given the most steps, minus the spectral "
         "one's",
         unit="share",
@@ -122,7 +122,7 @@ CLAIMS = (
     Claim(
         id="short-horizon-parity",
         statement="On short videos latent attention is as good as dense attention.",
-        place="abstract; Tables 3 and 5",
+        place="Tables 3 and 5",
         quantity="quality of the latent student (spectral init) minus the dense one's, all stages, "
         "training length",
         unit="share",
@@ -153,7 +153,7 @@ CLAIMS = (
     Claim(
         id="long-horizon-holds",
         statement="Quality holds far beyond the training length.",
-        place="section 5; Fig. 6",
+        place="Figs. 4 and 6",
         quantity="quality at the end of ten training lengths minus that of the first, spectral "
         "init",
         unit="share",

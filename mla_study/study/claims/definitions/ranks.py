@@ -164,7 +164,7 @@ CLAIMS = (
     Claim(
         id="rank-kept-by-training",
         statement="Training preserves the rank budget that the initialisation sets.",
-        place="Fig. 8; section 4",
+        place="Fig. 8",
         quantity="r_.99 after all stages minus that at the start, over d_c",
         unit="share of d_c",
         scale="miniature",

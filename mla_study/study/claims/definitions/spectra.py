@@ -222,7 +222,7 @@ CLAIMS = (
         id="unlike-language-models",
         statement="Language models' keys and values have a fast-decaying spectrum, video models' "
         "do not.",
-        place="introduction; Fig. 1",
+        place="Fig. 1 and what is said of it",
         quantity="energy in an eighth of the directions, and r_.99 over the Gaussian null: two "
         "language models against Wan",
         unit="share",
@@ -240,7 +240,7 @@ CLAIMS = (
         id="spectral-error-weights",
         statement="Latent attention works where cutting the weights' spectrum at d_c predicts a "
         "large error.",
-        place="abstract; section 3",
+        place="Fig. 1 against Table 5a",
         quantity="energy that a cut at d_c loses (weights), and quality of the trained student "
         "minus that of the dense one",
         unit="share",
@@ -258,7 +258,7 @@ CLAIMS = (
         id="spectral-error-outputs",
         statement="The same holds for the error that matters, that of keys and values on real "
         "inputs.",
-        place="abstract; section 3",
+        place="Fig. 1 against Table 5a",
         quantity="energy that a cut at d_c loses (outputs on real inputs), and quality as above",
         unit="share",
         scale="miniature",

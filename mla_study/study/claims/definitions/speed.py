@@ -178,7 +178,7 @@ CLAIMS = (
     Claim(
         id="throughput-layout",
         statement="Latent attention makes streaming 1.23 times faster.",
-        place="abstract; Table 3",
+        place="headline number; Table 3",
         quantity="times faster a chunk: dense to latent at the same window",
         unit="x",
         scale="miniature",
@@ -194,7 +194,7 @@ CLAIMS = (
     Claim(
         id="absorbed-form",
         statement="The absorbed form, which never expands the cache, is the one to infer with.",
-        place="section 3",
+        place="method",
         quantity="seconds of absorbed over reconstruct, one layer of Wan 1.3B's width, a frame and "
         "a chunk of queries",
         unit="x",

@@ -68,7 +68,7 @@ CLAIMS = (
     Claim(
         id="short-horizon-vbench",
         statement="On short videos VideoMLA keeps the VBench score of its dense counterpart.",
-        place="abstract; Table 5",
+        place="Table 5",
         quantity="VBench's Total, latent minus dense, one protocol",
         unit="share",
         scale="full",
