@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".stamp"
-EXTRAS = "torch,notebooks,formats,hub,video,train,gpu,bench,dev"
+EXTRAS = "torch,notebooks,formats,hub,video,report,train,gpu,bench,dev"
 
 
 def recipe_hash() -> str:

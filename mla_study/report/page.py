@@ -15,7 +15,7 @@ from mla_study.report.charts import Chart, plain
 from mla_study.report.films import VARIANTS, Film
 from mla_study.report.folders import Folder
 from mla_study.report.pictures import Picture
-from mla_study.study.claims.ledger import headline
+from mla_study.study.claims.ledger import NONE
 from mla_study.study.claims.model import Number, Outcome, Role, Verdict, spell
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _environment() -> Environment:
         "exact": exact,
         "spell": spell,
     }
-    environment.globals |= {"table_of": texts.table_of, "headline": headline, "static": static}
+    environment.globals |= {"table_of": texts.table_of, "static": static, "nothing": NONE}
     return environment
 
 

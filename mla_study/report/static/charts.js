@@ -23,7 +23,6 @@
     const log = { distr: 3, log: 10 };
     const columns = [data.x];
     const series = [{ label: data.xLabel, value: (u, value) => spell(value) }];
-    const bands = [];
     const bounds = {};
     for (const line of data.series) {
       const index = columns.push(line.values) - 1;
@@ -32,8 +31,8 @@
                     dash: line.dash ? [5, 4] : undefined, value: told, points: { show: false } });
     }
     const options = {
-      width: plot.clientWidth, height: Math.min(380, Math.max(260, plot.clientWidth * 0.5)), series, bands,
-      scales: { x: { time: false, ...(data.xLog ? log : {}) }, y: data.yLog ? log : {} },
+      width: plot.clientWidth, height: Math.min(380, Math.max(260, plot.clientWidth * 0.5)), series,
+      scales: { x: { time: false, range: () => [data.x[0], data.x.at(-1)], ...(data.xLog ? log : {}) }, y: data.yLog ? log : {} },
       axes: [axis(data.xLabel), axis(data.yLabel)],
       legend: { live: true }, cursor: { points: { size: 7 } },
     };

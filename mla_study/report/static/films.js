@@ -11,7 +11,7 @@
   let wanted = false;
   const show = () => {
     const now = Math.min(first.currentTime, Number(time.max));
-    time.value = now;
+    time.value = Math.floor(now / frame + 1e-6) * frame;
     clock.textContent = `${now.toFixed(1)} s`;
     time.setAttribute("aria-valuetext",
       `${now.toFixed(1)} seconds, ${now <= trained ? "within" : "beyond"} the training length`);

@@ -89,10 +89,13 @@ class Page:
         )  # fmt: skip
 
     def colours(self, scheme: str) -> None:
-        """What the system is said to prefer: dark or light."""
+        """What the system is said to prefer: dark or light, and in either case no motion."""
         self.send(
             "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": scheme}],
+            features=[
+                {"name": "prefers-color-scheme", "value": scheme},
+                {"name": "prefers-reduced-motion", "value": "reduce"},
+            ],
         )
 
     def key(self, name: str) -> None:

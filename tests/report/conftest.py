@@ -1,0 +1,69 @@
+"""The page of this checkout, made once a test run, and what looks at it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+AXE = "4.14.1"
+
+
+def make_page(out: Path, *options: str) -> str:
+    """``mla-study report`` in a process of its own; gives what it said."""
+    command = [sys.executable, "-m", "mla_study", "report", "--jobs", "1", "--out", str(out)]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def _once(folder: Path, name: str) -> Generator[tuple[Path, bool]]:
+    """A file that the first of several processes makes: its place, and whether it is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder / name, (folder / name).exists()
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``index.html`` of the committed results."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    for place, there in _once(shared / "report", "index.html"):
+        if not there:
+            make_page(place)
+        return place
+    raise AssertionError
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The script of axe-core, from the package registry; without it the test is skipped."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mla_study"
+    for place, there in _once(cache, f"axe-core-{AXE}.min.js"):
+        if not there:
+            npm = shutil.which("npm")
+            if npm is None:
+                pytest.skip("axe-core is fetched by npm, which is not installed")
+            folder = tmp_path_factory.mktemp("axe")
+            command = [npm, "pack", "--silent", f"axe-core@{AXE}"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+            packed = next(folder.glob("*.tgz"), None)
+            if done.returncode or packed is None:
+                pytest.skip(f"axe-core {AXE} could not be fetched: {done.stderr.strip()[-200:]}")
+            with tarfile.open(packed) as archive:
+                script = archive.extractfile("package/axe.min.js")
+                assert script is not None
+                place.write_bytes(script.read())
+        return place.read_text(encoding="utf-8")
+    raise AssertionError
