@@ -79,7 +79,7 @@ class Page:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
         self.send("Page.navigate", url=address)
-        self.until(f"document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def size(self, width: int, height: int = 900, phone: bool = False) -> None:
         """Size of the window, in CSS pixels."""

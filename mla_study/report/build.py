@@ -80,9 +80,7 @@ def _content(
             judged_by = [root for root in results if _has_results(root)]
             outcomes = evaluate(project.root / "results", judged_by)
             curves = charts.charts(project, results)
-            tables = [
-                folders.opened(place, place.name) for place in folders.find(project.data)
-            ]
+            tables = [folders.opened(place, place.name) for place in folders.find(project.data)]
             pictures = drawing.finish()
             videos = rolled.result()
         except BrokenProcessPool as error:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mla_study.errors import UserError
 from mla_study.report.folders import find
 from mla_study.study import staleness
 from mla_study.study.notebooks import Project, discover
@@ -100,9 +101,12 @@ def spectra(project: Project, more: Iterable[Path] = ()) -> list[Chart]:
     found: dict[str, np.ndarray] = dict(_spectra(result.tables["spectra"]))
     for root in more:
         for folder in find(root):
-            run = read_result(folder)
-            if "spectra" in run.tables and set(run.tables["spectra"].columns) >= COLUMNS:
-                found |= _spectra(run.tables["spectra"], f"{folder.name}: ")
+            try:
+                tables = read_result(folder).tables
+            except UserError:
+                continue  # the list of results says what is wrong with it
+            if "spectra" in tables and set(tables["spectra"].columns) >= COLUMNS:
+                found |= _spectra(tables["spectra"], f"{folder.name}: ")
     figure = next(figure for figure in discover(project) if figure.id == SPECTRA)
     null = staleness.load_module(figure, project).gaussian_curves(768, 384)
     shapes = {sigma.shape[1] for sigma in found.values()} | {null.shape[1]}

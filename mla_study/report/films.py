@@ -74,9 +74,7 @@ class Film:
         return "\n".join([*lines, *told])
 
 
-def films(
-    prompts: Sequence[str] = PROMPTS, frames: int = FRAMES, scale: int = SCALE
-) -> list[Film]:
+def films(prompts: Sequence[str] = PROMPTS, frames: int = FRAMES, scale: int = SCALE) -> list[Film]:
     """Videos of all prompts and variants, prompt after prompt.
 
     Args:
@@ -86,7 +84,7 @@ def films(
     Raises:
         UserError: a prompt outside the grammar, or PyAV or a shipped model is missing.
     """
-    fps, trained, pixels = _pixels(prompts, frames)
+    fps, trained, pixels = pixels_of(prompts, frames)
     made: list[Film] = []
     for index, prompt in enumerate(prompts):
         for variant in VARIANTS:
@@ -100,17 +98,15 @@ def films(
     return made
 
 
-def _pixels(
-    prompts: Sequence[str], frames: int
-) -> tuple[float, int, Mapping[str, np.ndarray]]:
+def pixels_of(prompts: Sequence[str], frames: int) -> tuple[float, int, Mapping[str, np.ndarray]]:
     """Frames a second, frames of a training clip, and uint8 [P, F, H, W, 3] of each variant."""
     import torch
 
     from mla_study.model.codecs import to_uint8
     from mla_study.rollout.stream import stream
+    from mla_study.world.grammar import parse_caption
     from mla_study.world.render import render
     from mla_study.world.scenes import Scenes, centres
-    from mla_study.world.grammar import parse_caption
     from mla_study.world.serving import WorldDecoder
     from mla_study.world.shipped import load_shipped, world_codec
     from mla_study.world.text import CaptionEncoder

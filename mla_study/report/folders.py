@@ -83,8 +83,8 @@ def find(root: Path) -> list[Path]:
     )
     if not places:
         raise UserError(
-            f"{root} holds no result ({RUN_FILE} with its tables): give the --out of a run, such as "
-            "that of rank-probe, mla-study vbench run or mla-study bench, or a folder of such"
+            f"{root} holds no result ({RUN_FILE} with its tables): give the --out of a run, such "
+            "as that of rank-probe, mla-study vbench run or mla-study bench, or a folder of such"
         )
     return places
 
@@ -121,7 +121,9 @@ def _preview(place: Path, name: str, entry: Mapping[str, Any]) -> Preview:
 
     file = place / str(entry.get("file", f"{name}.parquet"))
     try:
-        altered = "" if file_sha256(file) == entry.get("sha256") else "altered since it was measured"
+        altered = (
+            "" if file_sha256(file) == entry.get("sha256") else "altered since it was measured"
+        )
         frame = pd.read_parquet(file)
     except (OSError, ValueError) as error:
         told = getattr(error, "strerror", None) or "no table"

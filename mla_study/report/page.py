@@ -26,8 +26,8 @@ MEANINGS: dict[Verdict, str] = {
     "supported": "Measured here, and the numbers pass the claim's rule.",
     "not supported": "The numbers, ours or the paper's own, say otherwise.",
     "not distinguished from null": "Chance, or doing nothing, gives the same.",
-    "arithmetic only": "Follows from sizes that were chosen or from published numbers; says nothing "
-    "about trained models.",
+    "arithmetic only": "Follows from sizes that were chosen or from published numbers; says "
+    "nothing about trained models.",
     "not testable here": "Something is missing, and the claim says what.",
 }
 SIGNS: dict[Verdict, str] = {
@@ -109,7 +109,7 @@ def _environment() -> Environment:
         ) from None
     from mla_study.report import texts
 
-    environment = Environment(
+    environment: Any = Environment(
         loader=PackageLoader("mla_study.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -124,14 +124,22 @@ def _environment() -> Environment:
         "size": texts.picture_size,
         "uri": _uri,
         "slug": slug,
-        "chart": lambda chart: script(plain(chart)),
-        "short": lambda text: text[:12],
+        "chart": _chart,
+        "short": _short,
         "bounds": bounds,
         "exact": exact,
         "spell": spell,
     }
     environment.globals |= {"table_of": texts.table_of, "static": static, "nothing": NONE}
     return environment
+
+
+def _chart(chart: Chart) -> Markup:
+    return script(plain(chart))
+
+
+def _short(sha: str) -> str:
+    return sha[:12]
 
 
 def slug(text: str) -> str:

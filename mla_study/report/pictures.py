@@ -10,7 +10,7 @@ import ast
 import re
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +102,7 @@ class Drawing:
         """What :meth:`start` and :meth:`finish` are called inside: one report at a time."""
         return locked(self._own)
 
-    def start(self, pool: ProcessPoolExecutor) -> tuple[int, int]:
+    def start(self, pool: Executor) -> tuple[int, int]:
         """Submit what is stale. Returns how many are, and of how many."""
         cache = staleness.HashCache(self._own.figures / STAMPS / "inputs.json")
         for figure in self._figures.values():
@@ -114,9 +114,7 @@ class Drawing:
         """All figures; those that failed say why."""
         return [self._finished(picture) for picture in self._pictures]
 
-    def _look(
-        self, figure: Figure, cache: staleness.HashCache, pool: ProcessPoolExecutor
-    ) -> None:
+    def _look(self, figure: Figure, cache: staleness.HashCache, pool: Executor) -> None:
         values = figure.values({})
         picture = Picture(
             figure.id, figure.title, _text(figure), figure.provenance,

@@ -17,7 +17,8 @@ from itertools import groupby
 from markupsafe import Markup, escape
 
 _GREEK = {r"\sigma": "σ", r"\rho": "ρ", r"\times": "×", r"\uparrow": "↑", r"\downarrow": "↓",
-          r"\pm": "±", r"\cdot": "·", r"\leq": "≤", r"\geq": "≥", r"\,": " ", r"\%": "%"}  # fmt: skip
+          r"\pm": "±", r"\cdot": "·", r"\leq": "≤", r"\geq": "≥",
+          r"\,": " ", r"\%": "%"}  # fmt: skip
 _MATH = re.compile(r"\$([^$]+)\$")
 _SHIFTED = re.compile(r"([_^])(?:\{([^{}]*)\}|(.))")
 _NAME = re.compile(r"\\(?:mathrm|mathbf|text|operatorname)\{([^{}]*)\}")
@@ -31,7 +32,7 @@ PX_A_POINT = 96 / 72
 
 @dataclass(frozen=True)
 class TableCell:
-    """A cell: its text, how it is marked (``strong``, ``em`` or empty), its number if it has one."""
+    """A cell: its text, its mark (``strong``, ``em`` or empty), and its number if it has one."""
 
     text: str
     mark: str = ""
@@ -111,7 +112,9 @@ def table_of(markdown: str, values: str = "") -> Table:
 
 def _grouped(heads: list[str]) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
     """``group: head`` taken apart, where a group has several columns."""
-    split = [(over, own) if own else ("", over) for over, _, own in (h.partition(": ") for h in heads)]
+    split = [
+        (over, own) if own else ("", over) for over, _, own in (h.partition(": ") for h in heads)
+    ]
     groups: list[tuple[str, int]] = []
     shown: list[str] = []
     for over, mine in groupby(zip(split, heads, strict=True), lambda pair: pair[0][0]):

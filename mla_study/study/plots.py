@@ -51,7 +51,9 @@ METADATA: dict[str, dict[str, Any]] = {
 }
 
 
-_wanted: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("formats", default=FORMATS)
+_wanted: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
+    "formats", default=FORMATS
+)
 
 
 @contextlib.contextmanager

@@ -6,23 +6,14 @@ import fcntl
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from report_page import make_page
 
-ROOT = Path(__file__).resolve().parents[2]
 AXE = "4.14.1"
-
-
-def make_page(out: Path, *options: str) -> str:
-    """``mla-study report`` in a process of its own; gives what it said."""
-    command = [sys.executable, "-m", "mla_study", "report", "--jobs", "1", "--out", str(out)]
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 def _once(folder: Path, name: str) -> Generator[tuple[Path, bool]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import re
 import time
 from collections.abc import Generator
@@ -146,9 +147,7 @@ def test_curves_tell_their_values_to_pointer_and_keys(tab: Page) -> None:
     tab.key("ArrowRight")
     tab.key("ArrowRight")
     told = tab.run(f"{chart}.querySelector('[role=status]').textContent")
-    data = tab.run(
-        "JSON.parse(document.querySelector('script[data-chart=drift-iou]').textContent)"
-    )
+    data = tab.run("JSON.parse(document.querySelector('script[data-chart=drift-iou]').textContent)")
     second, dense = data["x"][1], data["series"][0]
     assert f"{second:g}:" in told and f"{dense['name']} {dense['values'][1]:.4g}" in told
 
@@ -196,7 +195,7 @@ def test_keys_alone_reach_a_claim(tab: Page) -> None:
         "[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))"
     )
     assert heads.count(1) == 1
-    assert all(b - a <= 1 for a, b in zip(heads, heads[1:], strict=False))
+    assert all(b - a <= 1 for a, b in itertools.pairwise(heads))
     for landmark in ("header", "nav", "main", "footer"):
         assert tab.run(f"document.querySelectorAll('{landmark}').length") == 1
 
