@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -16,6 +17,7 @@ from report_page import make_page
 AXE = "4.14.1"
 
 
+@contextlib.contextmanager
 def _once(folder: Path, name: str) -> Generator[tuple[Path, bool]]:
     """A file that the first of several processes makes: its place, and whether it is made."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,18 +32,17 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    for place, there in _once(shared / "report", "index.html"):
+    with _once(shared / "report", "index.html") as (place, there):
         if not there:
             make_page(place)
         return place
-    raise AssertionError
 
 
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The script of axe-core, from the package registry; without it the test is skipped."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mla_study"
-    for place, there in _once(cache, f"axe-core-{AXE}.min.js"):
+    with _once(cache, f"axe-core-{AXE}.min.js") as (place, there):
         if not there:
             npm = shutil.which("npm")
             if npm is None:
@@ -55,6 +56,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
             with tarfile.open(packed) as archive:
                 script = archive.extractfile("package/axe.min.js")
                 assert script is not None
-                place.write_bytes(script.read())
+                unpacked = place.with_suffix(".tmp")
+                unpacked.write_bytes(script.read())
+                unpacked.replace(place)
         return place.read_text(encoding="utf-8")
-    raise AssertionError

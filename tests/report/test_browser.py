@@ -16,7 +16,7 @@ import pytest
 from devtools import Page, browser
 from PIL import Image
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FRAME = 1 / 8
 ALL_OPEN = "document.querySelectorAll('details').forEach(d => d.open = true)"

@@ -18,7 +18,7 @@ from report_page import make_page
 
 from mla_study.study.runs import write_result
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "results" / "data"
