@@ -27,6 +27,7 @@ from mla_study.study.runs import RUN_FILE, file_sha256
 DRAWN = Path("results") / "report" / "drawn"
 _SMALL = re.compile(r"<dc:description>([^<]*)</dc:description>")
 _STAMP = re.compile(r"(?P<classes>[^·]+) · (?P<validity>\w+) · run (?P<run>[0-9a-f]+)")
+_QUOTED = re.compile(r"(?::\w+:)?`{1,2}~?([^`]+)`{1,2}")
 _NUMBER = re.compile(r"(fig|table)(\d+[a-z]?)(?:_|$)")
 
 
@@ -191,7 +192,7 @@ def _parts(name: str, folder: Path, outputs: Mapping[str, Any]) -> tuple[Part, .
 def _text(figure: Figure) -> str:
     """What a figure shows: the docstring of its module, its first line being a title."""
     told = ast.get_docstring(ast.parse(figure.module.read_text(encoding="utf-8"))) or figure.title
-    return " ".join(told.split())
+    return " ".join(_QUOTED.sub(r"\1", told).split())
 
 
 def _hardware(figure: Figure, project: Project) -> tuple[str, ...]:
