@@ -1,26 +1,30 @@
 # `make help` lists the targets. Everything runs in .venv, which the first call builds.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup figures data report study study-full test lint lab bench bench-probe bench-model bench-train bench-gpu clean
+.PHONY: help setup setup-vbench figures data report study study-full test lint lab bench bench-probe bench-model bench-train bench-vbench bench-gpu clean
 BIN := .venv/bin
 
 # One BLAS thread a process: several processes share the cores, threads on top only wait.
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_NUM_THREADS ?= 1
 
-IN_RANGE = 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
-FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3 python; do \
-	"$$p" -c $(IN_RANGE) 2>/dev/null \
-	&& { echo "$$p"; break; }; done
+IN_RANGE = 'import sys; sys.exit(not $(1) <= 100 * sys.version_info[0] + sys.version_info[1] <= $(2))'
+COMMA := ,
+# $(call set_up,SCRIPT,FIRST,LAST,NAMES,IN WORDS,TARGET): SCRIPT by the first Python in range.
+set_up = @py='$(PYTHON)'; if [ -n "$$py" ]; then exact=--exact; else \
+	for p in $(4) python3 python; do if "$$p" -c $(call IN_RANGE,$(2),$(3)) 2>/dev/null; then py=$$p; break; fi; done; fi; \
+	if [ -z "$$py" ]; then echo "No Python $(5) was found: install one, or name it by 'make $(6) PYTHON=/path/to/python3.11'." >&2; exit 1; fi; \
+	if ! "$$py" -c $(call IN_RANGE,$(2),$(3)) 2>/dev/null; then echo "$$py is no Python $(5): name one by 'make $(6) PYTHON=/path/to/python3.11'." >&2; exit 1; fi; \
+	"$$py" $(1) $$exact
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
 
 setup: ## build .venv from constraints.txt (PYTHON=... chooses the interpreter)
-	@py='$(PYTHON)'; if [ -n "$$py" ]; then exact=--exact; else py=$$($(FIND_PYTHON)); fi; \
-	if [ -z "$$py" ]; then echo "No Python 3.11, 3.12 or 3.13 was found: install one, or name it by 'make setup PYTHON=/path/to/python3.11'." >&2; exit 1; fi; \
-	if ! "$$py" -c $(IN_RANGE) 2>/dev/null; then echo "$$py is no Python 3.11, 3.12 or 3.13: name one by 'make setup PYTHON=/path/to/python3.11'." >&2; exit 1; fi; \
-	"$$py" tools/setup_env.py $$exact
+	$(call set_up,tools/setup_env.py,311,313,python3.11 python3.12 python3.13,3.11$(COMMA) 3.12 or 3.13,setup)
+
+setup-vbench: ## build .venv-vbench, where VBench runs with its own libraries (6 GB, a minute or more)
+	$(call set_up,tools/setup_vbench.py $(if $(INTO),--into '$(INTO)'),310,311,python3.11 python3.10,3.11 or 3.10,setup-vbench)
 
 figures: setup ## draw what is stale into results/figures (FIG=fig1  FORCE=1  PARAMS='a=1 b=2'  LIST=1)
 	@$(BIN)/mla-study figures $(if $(FIG),--fig $(FIG)) $(if $(PARAMS)$(SERIES)$(VIDEOS),--params $(PARAMS) $(if $(SERIES),series='$(SERIES)') $(if $(VIDEOS),videos='$(VIDEOS)')) $(if $(FORCE),--force) $(if $(LIST),--list)
@@ -55,6 +59,9 @@ bench-model: setup ## measure the model against diffusers and dense masks, its m
 bench-train: setup ## measure training: latent/dense, DMD, tracker, rendering, two processes (ARGS=--quick)
 	@$(BIN)/mla-study bench train $(ARGS)
 
+bench-vbench: setup setup-vbench ## measure VBench through workers: overhead, two workers, a second run (ARGS=--quick)
+	@$(BIN)/mla-study bench vbench $(ARGS)
+
 bench: setup ## measure the efficiency study on this CPU anew (half an hour, one thread)
 	@$(BIN)/mla-study calibrate
 	@$(BIN)/mla-study bench attention
@@ -65,6 +72,6 @@ bench: setup ## measure the efficiency study on this CPU anew (half an hour, one
 bench-gpu: setup ## measure Wan 1.3B on a CUDA GPU, piece by piece (again goes on; ARGS='--pieces step')
 	@$(BIN)/mla-study bench gpu $(ARGS)
 
-clean: ## remove .venv, drawn figures, the report and caches; committed results stay
-	@rm -rf .venv results/figures results/report .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## remove .venv, .venv-vbench, drawn figures, the report and caches; committed results stay
+	@rm -rf .venv .venv-vbench results/figures results/report .pytest_cache .ruff_cache .hypothesis build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -124,12 +124,17 @@ def names(rows: pd.DataFrame) -> list[str]:
 
 def name_of(row: Mapping[str, Any]) -> str:
     """``teacher``, ``dense``, the init of a latent student, or a folder's name."""
-    return str(row["init"] if row["variant"] == "latent" else row["variant"])
+    return str(row["init"] if _is_student(row) else row["variant"])
 
 
 def label_of(row: Mapping[str, Any], apart: str = "\n") -> str:
     """The same for people."""
-    return f"latent,{apart}{row['init']}" if row["variant"] == "latent" else str(row["variant"])
+    return f"latent,{apart}{row['init']}" if _is_student(row) else str(row["variant"])
+
+
+def _is_student(row: Mapping[str, Any]) -> bool:
+    """Whether it is a latent student of the study, and no folder that is called so."""
+    return row["variant"] == "latent" and row["init"] != "none"
 
 
 def chosen(rows: pd.DataFrame, wanted: Sequence[str], prompts: int) -> pd.DataFrame:

@@ -126,6 +126,33 @@ def test_constraints_pin_each_requirement_by_name_only() -> None:
         assert requirement.specifier.contains(locked[name]), requirement
 
 
+def test_the_lock_of_vbench_holds_each_direct_pin() -> None:
+    folder = ROOT / "requirements"
+    lines = {
+        kind: [
+            line
+            for line in (folder / f"requirements-vbench.{kind}").read_text().splitlines()
+            if line and not line.lstrip().startswith("#")
+        ]
+        for kind in ("in", "lock")
+    }
+    assert all(re.fullmatch(r"[a-z0-9._-]+(\[[a-z]+\])?==[0-9a-z.]+", pin) for pin in lines["lock"])
+    direct = {canonicalize_name((r := Requirement(line)).name): r for line in lines["in"]}
+    locked = {canonicalize_name((r := Requirement(line)).name): r for line in lines["lock"]}
+    assert {name: str(locked[name].specifier) for name in direct} == {
+        name: str(requirement.specifier) for name, requirement in direct.items()
+    }
+    build = (folder / "build-constraints.txt").read_text().split()
+    assert build == [f"setuptools{locked['setuptools'].specifier}"]
+
+
+def test_the_conda_file_of_vbench_installs_the_lock() -> None:
+    listed = yaml.safe_load((ROOT / "environment-vbench.yml").read_text())["dependencies"]
+    assert listed[-1] == {"pip": ["-r requirements/requirements-vbench.lock"]}
+    (build,) = (ROOT / "requirements" / "build-constraints.txt").read_text().split()
+    assert build.replace("==", "=") in listed
+
+
 def test_make_help_lists_every_target_with_one_line() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.*)$", text, re.M).group(1).split())  # type: ignore[union-attr]
@@ -154,7 +181,31 @@ def test_the_wheel_holds_the_package_its_style_and_its_models_only(tmp_path: Pat
     assert "mla-study = mla_study.cli:main" in listed
 
 
-def test_a_python_out_of_range_is_refused_in_a_sentence() -> None:
-    done = make("setup", "PYTHON=/nonexistent/python3.11")
+@pytest.mark.parametrize(
+    ("target", "range"), [("setup", "3.11, 3.12 or 3.13"), ("setup-vbench", "3.11 or 3.10")]
+)
+def test_a_python_out_of_range_is_refused_in_a_sentence(target: str, range: str) -> None:
+    done = make(target, "PYTHON=/nonexistent/python3.11")
     assert done.returncode != 0
-    assert "is no Python 3.11, 3.12 or 3.13" in done.stderr
+    assert f"is no Python {range}: name one by 'make {target} PYTHON=" in done.stderr
+
+
+def test_a_folder_of_something_else_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    done = make("setup-vbench", f"INTO={tmp_path}")
+    assert done.returncode != 0
+    assert "name an empty folder" in done.stderr
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_full_disk_is_said_before_anything_is_installed(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tools')\n"
+        "from pathlib import Path; from venvs import Venv\n"
+        "venv = Venv(Path(sys.argv[1]) / 'env', 'setup-vbench')\n"
+        "venv.ensure('x', lambda: sys.exit('built'), least_gib=1e9)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "GiB of disk space" in done.stderr and "built" not in done.stderr

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mla_study.evaluation.vbench import run as running, scoring
-from mla_study.evaluation.vbench.drive import Launch
-from mla_study.evaluation.vbench.plan import Place
-from mla_study.evaluation.vbench.scoring import Finished, Request
+from mla_study.evaluation.vbench.runs import run as running
+from mla_study.evaluation.vbench.runs import scoring
+from mla_study.evaluation.vbench.runs.drive import Launch
+from mla_study.evaluation.vbench.runs.plan import Place
+from mla_study.evaluation.vbench.runs.scoring import Finished, Request
 
 FAKE = Path(__file__).with_name("vbench_fake_worker.py")
 

@@ -91,6 +91,25 @@ class TrainMemory:
         return 0
 
 
+@dataclass(frozen=True)
+class BenchVBench:
+    """VBench through workers: overhead, two workers, a second run, memory, decodes.
+
+    Example: mla-study bench vbench --quick
+    """
+
+    quick: bool = False
+    """Few videos and repeats, to try it; nothing is written."""
+    write: bool = True
+    """Write results/data/bench_vbench."""
+
+    def run(self) -> int:
+        """Run the benchmark."""
+        from mla_study.evaluation.bench_vbench import bench_vbench
+
+        return bench_vbench(self.quick, self.write)
+
+
 BenchCommand = (
     Annotated[BenchAttention, tyro.conf.subcommand("attention")]
     | Annotated[Step, tyro.conf.subcommand("step")]
@@ -98,6 +117,7 @@ BenchCommand = (
     | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
     | Annotated[BenchBatch, tyro.conf.subcommand("batch")]
     | Annotated[BenchTrain, tyro.conf.subcommand("train")]
+    | Annotated[BenchVBench, tyro.conf.subcommand("vbench")]
     | Annotated[TrainMemory, tyro.conf.subcommand("train-memory")]
     | Annotated[Gpu, tyro.conf.subcommand("gpu")]
 )

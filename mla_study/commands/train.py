@@ -86,7 +86,7 @@ class Train:
 
     def _trained(self, stage: Stage) -> int:
         from mla_study.config import preset
-        from mla_study.training.data import open_data
+        from mla_study.training.data.opening import open_data
         from mla_study.training.loop import Run, Trainer
         from mla_study.training.ranks import ranks
         from mla_study.training.start import fresh_model

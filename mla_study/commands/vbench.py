@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from mla_study.commands.vbench_sample import Sample
+from mla_study.commands.vbench_weights import Doctor, FetchWeights
 from mla_study.errors import UserError
 
 _EXIT_INTERRUPTED, _EXIT_UNFINISHED = 130, 2
@@ -76,25 +78,32 @@ class Run:
 
     def run(self) -> int:
         """Score, and return the exit code."""
-        from mla_study.evaluation.vbench import dimensions, environment, weights
-        from mla_study.evaluation.vbench.long_configs import load_configs
-        from mla_study.evaluation.vbench.plan import Place, scorers_for
-        from mla_study.evaluation.vbench.run import run
-        from mla_study.evaluation.vbench.scoring import LongOptions, Request
-        from mla_study.evaluation.vbench.tables import text_table
+        from mla_study.evaluation.vbench import dimensions
+        from mla_study.evaluation.vbench.long.configs import load_configs
+        from mla_study.evaluation.vbench.needs import environment, weights
+        from mla_study.evaluation.vbench.runs.plan import Place, scorers_for
+        from mla_study.evaluation.vbench.runs.run import run
+        from mla_study.evaluation.vbench.runs.scoring import LongOptions, Request
+        from mla_study.evaluation.vbench.runs.tables import text_table
 
         names = [name for given in self.dimensions for name in given.replace(",", " ").split()]
         scorers = scorers_for(self.mode, names or ["all"])
         other = [name for name in scorers if name not in dimensions.NATIVE]
-        found = environment.find_environment(self.environment) if other else None
-        place = Place(
-            weights.weights_folder(self.weights), found, self.detectron2, self.trust_weights
-        )
+        long_mode = self.mode == "long"
+        found = environment.find_environment(self.environment) if other or long_mode else None
+        if found is not None:
+            environment.require_versions(found, long_mode)
+        folder, detectron2 = weights.weights_folder(self.weights), self.detectron2
+        known = dimensions.DIMENSIONS
+        if found and any(known[name].detectron2 for name in scorers if name in known):
+            installed = "detectron2" in found.versions
+            detectron2 = weights.find_detectron2(
+                detectron2, folder, installed, trust=self.trust_weights
+            )
+        place = Place(folder, found, detectron2, self.trust_weights)
         devices, threads = _slots(self.device, self.workers, found)
         long = None
-        if self.mode == "long":
-            found = environment.find_environment(self.environment)
-            place = replace(place, environment=found)
+        if long_mode:
             configs = load_configs(self.long_configs)
             long = LongOptions(configs, self.upstream_exact, self.clip_to_clip, self.split_scenes)
         request = Request(
@@ -137,7 +146,7 @@ class Compare:
 
     def run(self) -> int:
         """Print the comparison."""
-        from mla_study.evaluation.vbench.compare import compare, text
+        from mla_study.evaluation.vbench.runs.compare import compare, text
 
         comparison = compare(self.runs, self.anyway)
         if self.json:
@@ -150,7 +159,10 @@ class Compare:
 
 
 VBenchCommand = (
-    Annotated[Run, tyro.conf.subcommand("run")]
+    Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[FetchWeights, tyro.conf.subcommand("fetch-weights")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
 )
 
@@ -175,14 +187,14 @@ def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, 
     Raises:
         UserError: fewer than one worker, or a GPU that is not there.
     """
-    from mla_study.evaluation.vbench import environment
+    from mla_study.evaluation.vbench.needs import environment
 
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, but it must be at least 1")
     cores = len(os.sched_getaffinity(0))
     gpus = 0
     if device != "cpu" and isinstance(found, environment.Environment):
-        gpus = len(environment.ask_devices(found).gpus)
+        gpus = environment.gpus(found)
     if device.startswith("cuda") and not gpus:
         raise UserError(f"--device {device}, but VBench's PyTorch sees no GPU: give cpu or auto")
     if device == "cpu" or not gpus:

@@ -32,7 +32,7 @@ from mla_study.evaluation.timing import Spread, interleaved, threads
 from mla_study.miniature.plan import OBSERVED
 from mla_study.miniature.watch import Compared, Watch
 from mla_study.training.batch import Batch, Data
-from mla_study.training.data import world_data
+from mla_study.training.data.opening import world_data
 from mla_study.training.loop import Run, Trainer
 from mla_study.training.ranks import Ranks, ranks
 from mla_study.training.recipe import Stage, stages

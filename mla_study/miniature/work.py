@@ -25,7 +25,7 @@ from mla_study.study.runs import atomic_write, code_hash, file_sha256, parquet_b
 if TYPE_CHECKING:
     from mla_study.miniature.watch import Compared
     from mla_study.model.transformer import WanTransformer
-    from mla_study.training.world_data import WorldData
+    from mla_study.training.data.world_data import WorldData
 
 SHOWN = 6
 """Videos of a trial whose frames are kept."""
@@ -74,7 +74,7 @@ def do(task: Task) -> None:
 
 def data(seed: int, codec: Path) -> WorldData:
     """Clips of the world for a run's seed."""
-    from mla_study.training.world_data import WorldData
+    from mla_study.training.data.world_data import WorldData
     from mla_study.world.codec import load_codec
     from mla_study.world.text import CaptionEncoder
 

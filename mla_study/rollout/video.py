@@ -87,6 +87,10 @@ class VaeDecoder:
         self._decoder = StreamingDecoder(vae)
         self.context_frames: int = self._decoder.context_frames
 
+    def anew(self) -> VaeDecoder:
+        """A decoder of the same weights that has seen no frame."""
+        return VaeDecoder(self._decoder.vae)
+
     def decode(self, latents: Tensor) -> np.ndarray:
         """uint8 RGB [B, n, H, W, 3]: 1 frame for the first latent frame, 4 for each other."""
         from mla_study.model.codecs import to_uint8

@@ -2,7 +2,8 @@
 
 ``notebooks/<id>.ipynb`` has one cell tagged ``parameters``, a parameter a line
 (``name = default  # type: meaning``), ``out_dir`` among them. ``analysis/<id>.py`` has ``TITLE``,
-``PROVENANCE``, ``DATA`` (folders or files it draws from, relative to the project), and may have
+``PROVENANCE``, ``DATA`` (folders or files it draws from, relative to the project; ``*`` stands for
+any part of a name, of which one must be there), and may have
 ``INSTEAD`` (parameters that, where they are given, name what it draws from in their place),
 ``INPUTS()`` (further input files: name -> path; its arguments are parameters of those names) and
 ``measure(data_dir)``. Nothing is imported here.

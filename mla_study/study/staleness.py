@@ -24,6 +24,7 @@ from mla_study.study.runs import RUN_FILE, atomic_write, canonical_json, file_sh
 
 # A file changed within this time of being hashed could change again without its times moving.
 RACY_NS = 2_000_000_000
+VBENCH = "score videos by `mla-study vbench run` with --out results/data/vbench_NAME"
 
 
 class HashCache:
@@ -79,7 +80,13 @@ def key_parts(
             f"analysis.{figure.id}", roots={**package_roots(), "analysis": project.analysis}
         ),
         "parameters": _hash(values),
-        "data": _hash({name: _data_hash(project.root / name) for name in _drawn(figure, values)}),
+        "data": _hash(
+            {
+                name: _data_hash(path)
+                for entry in _drawn(figure, values)
+                for name, path in _places(project, entry)
+            }
+        ),
         "inputs": _hash(input_hashes(figure, project, values, cache)),
         "libraries": _hash(versions),
     }
@@ -149,12 +156,24 @@ def _hash(value: object) -> str:
 
 def absent(figure: Figure, project: Project, values: Mapping[str, Any]) -> str:
     """Why a figure's data are not there and how they are made, or '' where all of them are."""
-    for path in (project.root / name for name in _drawn(figure, values)):
-        if not path.exists():
-            study = path.name.startswith("study_")
-            how = "study-full" if study else f"data FIG={figure.id}"
-            return f"{path}, which is not there: restore it, or measure it by `make {how}`"
+    for entry in _drawn(figure, values):
+        if any(path.exists() for _, path in _places(project, entry)):
+            continue
+        path = project.root / entry
+        if "/vbench_" in entry:
+            return f"{path}, of which there is none: {VBENCH}"
+        study = path.name.startswith("study_")
+        how = "study-full" if study else f"data FIG={figure.id}"
+        return f"{path}, which is not there: restore it, or measure it by `make {how}`"
     return ""
+
+
+def _places(project: Project, entry: str) -> list[tuple[str, Path]]:
+    """Name and place of an entry of ``DATA``, whose ``*`` stands for any part of a name."""
+    root = project.root
+    if "*" not in entry:
+        return [(entry, root / entry)]
+    return [(path.relative_to(root).as_posix(), path) for path in sorted(root.glob(entry))]
 
 
 def _drawn(figure: Figure, values: Mapping[str, Any]) -> tuple[str, ...]:

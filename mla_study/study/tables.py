@@ -51,6 +51,7 @@ class Column:
         align: by default text goes left and numbers right.
         under: heading that neighbouring columns share.
         quoted: its values are another paper's.
+        own: its values are worked out here even in rows that are quoted.
         best: the extreme that is set in bold.
     """
 
@@ -60,6 +61,7 @@ class Column:
     align: Align | None = None
     under: str = ""
     quoted: bool = False
+    own: bool = False
     best: Literal["max", "min"] | None = None
 
     @property
@@ -104,10 +106,11 @@ def cells(frame: pd.DataFrame, columns: Sequence[Column]) -> list[list[str]]:
 
 
 def markdown(
-    frame: pd.DataFrame, columns: Sequence[Column], title: str = "", notes: Iterable[str] = ()
-) -> str:
+    frame: pd.DataFrame, columns: Sequence[Column], title: str = "", notes: Iterable[str] = (),
+    quoted_rows: Iterable[int] = (),
+) -> str:  # fmt: skip
     """The table in Markdown, quoted values in italics, the best in bold."""
-    bold = _bold(frame, columns)
+    bold, quoted = _bold(frame, columns), set(quoted_rows)
     lines = [f"**{title}**", ""] if title else []
     heads = [
         f"{column.under}: {column.title}" if column.under else column.title for column in columns
@@ -118,8 +121,14 @@ def markdown(
     for number, row in enumerate(cells(frame, columns)):
         shown = list[str]()
         for place, (text, column) in enumerate(zip(row, columns, strict=True)):
-            mark = "**" if (number, place) in bold else "*" if column.quoted else ""
-            shown.append(f"{mark}{text}{mark}" if text != MISSING else text)
+            mark = (
+                "**"
+                if (number, place) in bold
+                else "*"
+                if _is_quoted(column, number in quoted)
+                else ""
+            )
+            shown.append(f"{mark}{text}{mark}" if text not in ("", MISSING) else text)
         lines.append(_row(shown))
     for note in notes:
         lines += ["", note]
@@ -138,6 +147,7 @@ def save_table(
     notes: Sequence[str] = (),
     rule_before: Iterable[int] = (),
     width: float | None = None,
+    quoted_rows: Iterable[int] = (),
 ) -> Figure:
     """Draw the table and write ``{stem}.{pdf,png,svg,csv,md}``; call it inside ``style()``.
 
@@ -146,14 +156,15 @@ def save_table(
         notes: sentences below the table, wrapped to its width.
         rule_before: rows (counted from 0) that a thin line sets off from the one above.
         width: inches; by default a column of the page if the table fits, else the page.
+        quoted_rows: rows (counted from 0) of another paper's values, but for ``own`` columns.
 
     Raises:
         UserError: no rows, a column that is not there, a table too wide for a page, or files that
             cannot be written.
     """
     columns = tuple(columns) or tuple(Column(name) for name in frame.columns)
-    stem = Path(stem)
-    figure = draw_table(frame, columns, title, notes, rule_before, width)
+    stem, quoted_rows = Path(stem), set(quoted_rows)
+    figure = draw_table(frame, columns, title, notes, rule_before, width, quoted_rows)
     stamp(figure, provenance, validity, run_hash)
     save_figure(figure, stem)
     shown = round_significant(frame[[column.name for column in columns]])
@@ -161,7 +172,7 @@ def save_table(
     atomic_write(stem.with_name(f"{stem.name}.csv"), text.encode())
     kinds = [provenance] if isinstance(provenance, str) else list(dict.fromkeys(provenance))
     small = f"{' + '.join(kinds)}, {validity}, run {run_hash[:12]}"
-    told = markdown(frame, columns, title, [*notes, small])
+    told = markdown(frame, columns, title, [*notes, small], quoted_rows)
     atomic_write(stem.with_name(f"{stem.name}.md"), told.encode())
     return figure
 
@@ -173,6 +184,7 @@ def draw_table(
     notes: Sequence[str] = (),
     rule_before: Iterable[int] = (),
     width: float | None = None,
+    quoted_rows: Iterable[int] = (),
 ) -> Figure:
     """The figure of :func:`save_table`, which says what the arguments mean; nothing is written."""
     import matplotlib.pyplot as plt
@@ -220,14 +232,14 @@ def draw_table(
         sheet.text(anchors[align](i), y + _ROW_PAD / 2 + free, column.title, size, align)
     y += head
     sheet.rule(y, 0.5)
-    set_off = set(rule_before)
+    set_off, quoted = set(rule_before), set(quoted_rows)
     for number, row in enumerate(rows):
         if number in set_off:
             sheet.rule(y, 0.3, colour="0.6")
         for i, (text, column) in enumerate(zip(row, columns, strict=True)):
             align = _align(frame, column)
             look: dict[str, Any] = {"weight": "bold"} if (number, i) in bold else {}
-            if column.quoted:
+            if _is_quoted(column, number in quoted):
                 look |= {"style": "italic", "color": QUOTED_COLOUR}
             sheet.text(anchors[align](i), y + _ROW_PAD / 2, text, size, align, **look)
         y += heights[number]
@@ -319,6 +331,10 @@ def _align(frame: pd.DataFrame, column: Column) -> Align:
     if column.align is not None:
         return column.align
     return "right" if frame[column.name].dtype.kind in "iuf" else "left"
+
+
+def _is_quoted(column: Column, row: bool) -> bool:
+    return column.quoted or (row and not column.own)
 
 
 def _bold(frame: pd.DataFrame, columns: Sequence[Column]) -> set[tuple[int, int]]:

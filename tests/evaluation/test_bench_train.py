@@ -17,7 +17,7 @@ from mla_study.config import WindowConfig, mini
 from mla_study.evaluation import bench_train
 from mla_study.evaluation.bench_train import Noise, forcing, stepper, teacher_time, tracked, work
 from mla_study.evaluation.efficiency import train_plan
-from mla_study.training.data import world_data
+from mla_study.training.data.opening import world_data
 from mla_study.training.loop import Trainer
 from mla_study.training.recipe import stages
 

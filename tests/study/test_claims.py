@@ -32,7 +32,6 @@ from mla_study.study.claims.sources import Reader, Tables, rows
 from mla_study.study.notebooks import Project, discover
 
 VERDICTS = get_args(Verdict)
-TO_COME = {"table2_long_horizon", "table2_user_study", "table5_vbench"}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def test_claims_hold_no_verdict() -> None:
 def test_each_claim_names_its_figure_and_its_command() -> None:
     known = {figure.id for figure in discover(Project(RESULTS.parent))}
     for claim in CLAIMS:
-        assert claim.figure in known | TO_COME, claim.id
+        assert claim.figure in known, claim.id
         assert claim.command.startswith(("make ", "mla-study ", "rank-probe ")), claim.id
         assert claim.place and claim.quantity and claim.null and claim.reading and claim.unit
         assert len(claim.statement) < 200, "one line"

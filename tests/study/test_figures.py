@@ -171,6 +171,25 @@ def test_missing_data_stop_a_named_figure_and_are_skipped_among_all(checkout: Ch
     assert "`make study-full`" in err
 
 
+def test_data_of_any_name(checkout: Checkout) -> None:
+    module = MODULE.replace("data/line", "data/vbench_*/drift.parquet")
+    checkout.add("fig1_line", module=module)
+    code, _, err = checkout.run("run_figures(['fig1'])")
+    assert code == 2 and "`mla-study vbench run`" in err
+    file = checkout.root / "results/data/vbench_mine/drift.parquet"
+    file.parent.mkdir()
+    file.write_bytes(b"one")
+    code, _, err = checkout.run()
+    assert code == 0, err
+    assert "up to date" in checkout.run("run_figures(list_only=True)")[1]
+    file.write_bytes(b"two")
+    assert "changed: data" in checkout.run("run_figures(list_only=True)")[1]
+    file.write_bytes(b"one")
+    (checkout.root / "results/data/vbench_other").mkdir()
+    (checkout.root / "results/data/vbench_other/drift.parquet").write_bytes(b"three")
+    assert "changed: data" in checkout.run("run_figures(list_only=True)")[1]
+
+
 def test_data_measures_and_makes_the_figure_stale(checkout: Checkout) -> None:
     measure = "\n\ndef measure(data):\n    (data / 'line' / 'table.csv').write_text('x\\n2\\n')\n"
     checkout.add("fig1_line", module=MODULE + measure)

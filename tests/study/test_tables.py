@@ -117,3 +117,15 @@ def test_a_wide_table_takes_the_page_and_shrinks_or_is_refused() -> None:
             draw_table(wide(40), [Column(name) for name in wide(40)])
         with pytest.raises(UserError, match="no rows"):
             draw_table(FRAME.iloc[:0], COLUMNS)
+
+
+def test_rows_can_be_quoted_but_for_columns_worked_out_here() -> None:
+    columns = (Column("name", "Layout"), Column("fps", spec=".1f"), Column("n", own=True))
+    lines = markdown(FRAME, columns, quoted_rows=[0, 2]).splitlines()[2:]
+    assert lines == ["| *dense* | *1.2* | 12 |", "| latent | 1234.5 | 91 |", "| *latent* | – | 3 |"]
+    with style():
+        figure = draw_table(FRAME, columns, quoted_rows=[0, 2])
+    slanted = {text.get_text() for text in figure.texts if text.get_style() == "italic"}
+    assert slanted == {"dense", "1.2", "latent", MISSING}
+    upright = {text.get_text() for text in figure.texts if text.get_style() == "normal"}
+    assert {"latent", "1234.5", "91", "12", "3"} <= upright

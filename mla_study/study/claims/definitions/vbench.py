@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_study.evaluation.vbench.protocol import Protocol, differences
+from mla_study.evaluation.vbench.runs.protocol import Protocol, differences
 from mla_study.study.claims.definitions.common import Reader
 from mla_study.study.claims.model import Claim, Evidence, MissingError, Number, evidence
 from mla_study.study.claims.rules import NoWorse

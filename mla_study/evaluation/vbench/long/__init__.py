@@ -1,0 +1,1 @@
+"""VBench's long mode as arithmetic: clips, settings, averages, drift."""

@@ -1,0 +1,1 @@
+"""What scorers need: an environment, weights, and a doctor that says what is missing."""

@@ -1,0 +1,233 @@
+"""The videos of a run, each looked at before any model is loaded: what is missing is one table."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mla_study.errors import UserError
+from mla_study.evaluation.vbench.prompts import Told, read_table, split_name, table_beside
+from mla_study.study.runs import file_sha256
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUFFIXES = (".mp4",)
+"""What VBench's own readers agree on."""
+OTHER = (".webm", ".webp", ".gif", ".mov", ".avi", ".mkv", ".m4v")
+LEAST_FRAMES = 2
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video that can be scored.
+
+    Attributes:
+        name: of its file. sha256: of its bytes.
+        fps: frames a second as a fraction, such as "30000/1001".
+        prompt, index, told: None where nothing is known of them.
+        note: what is odd about it, but no hindrance.
+    """
+
+    path: Path
+    name: str
+    sha256: str
+    frames: int
+    fps: str
+    width: int
+    height: int
+    prompt: str | None = None
+    index: int | None = None
+    told: str | None = None
+    note: str = ""
+
+    @property
+    def rate(self) -> Fraction:
+        return Fraction(self.fps)
+
+    @property
+    def seconds(self) -> float:
+        return float(self.frames / self.rate)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be; ``fatal`` if the video cannot be scored."""
+
+    name: str
+    what: str
+    fatal: bool = True
+
+
+Remember = Callable[[Path], Mapping[str, Any] | None]
+
+
+def find(place: Path, prompts: Path | None = None) -> dict[Path, Told | None]:
+    """The video files of a folder (or one file), with what a table or their names say.
+
+    Args:
+        prompts: table of prompts; by default ``prompts.csv`` or ``prompts.jsonl`` in the folder,
+            and without one the names.
+
+    Raises:
+        UserError: no such place, no video, or a table that names files that are not there.
+    """
+    if not place.exists():
+        raise UserError(f"{place} is not there: give a folder of videos, or a video")
+    if place.is_file():
+        files = [place]
+    else:
+        try:
+            listed = sorted(file for file in place.iterdir() if file.is_file())
+        except OSError as error:
+            raise UserError(f"{place} cannot be read ({error.strerror})") from None
+        files = [file for file in listed if file.suffix.lower() in SUFFIXES]
+        other = [file.name for file in listed if file.suffix.lower() in OTHER]
+        if not files:
+            hint = f" ({other[0]} must be converted first)" if other else ""
+            raise UserError(f"{place} holds no .mp4 video{hint}: VBench reads nothing else well")
+    if prompts is None and place.is_dir():
+        prompts = table_beside(place)
+    if prompts is None:
+        return {file: split_name(file.name) for file in files}
+    table = read_table(prompts)
+    there = {file.name for file in files}
+    lost = [name for name in table if name not in there]
+    if lost and place.is_dir():
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(f"{prompts} names {lost[0]}{more}, which {place} does not hold")
+    return {file: table.get(file.name) for file in files}
+
+
+def look(path: Path) -> dict[str, Any]:
+    """Frames, rate, size and hash of a file, without decoding more than its first and last frames.
+
+    Returns:
+        ``sha256, frames, fps, width, height, note`` or ``problem`` with a sentence.
+    """
+    import av
+    from av.error import FFmpegError
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                return {"problem": "has no picture, only sound"}
+            streams, stream = len(container.streams.video), container.streams.video[0]
+            # Packets are counted, not decoded: a cut file has fewer than its header promises.
+            times = [p.pts for p in container.demux(stream) if p.size and p.pts is not None]
+            promised, frames = stream.frames, len(times)
+            rate = stream.average_rate
+            if frames < LEAST_FRAMES:
+                return {"problem": f"holds {frames} frame{'s' * (frames != 1)}, 2 are the least"}
+            if promised > frames:
+                return {"problem": f"is cut off: {frames} of {promised} frames are there"}
+            container.seek(0)
+            first = next(container.decode(stream), None)
+            end = max(times)
+            container.seek(end, stream=stream)
+            last = [frame for frame in container.decode(stream) if frame.pts in (None, end)]
+            if first is None or not last:
+                return {"problem": "does not decode to its end"}
+            size, notes = (first.width, first.height), list[str]()
+            if (last[-1].width, last[-1].height) != size:
+                return {"problem": "changes its size on the way"}
+    except (FFmpegError, OSError, ValueError, IndexError) as error:
+        return {"problem": f"does not decode ({error})"}
+    if not rate:
+        return {"problem": "has no frame rate"}
+    times.sort()
+    steps = {later - sooner for sooner, later in itertools.pairwise(times)}
+    if len(steps) > 1 and max(steps) - min(steps) > 1:
+        notes.append("frames are not evenly spaced in time, scores take them as if they were")
+    if streams > 1:
+        notes.append(f"{streams} video streams, and VBench's readers do not take the same one")
+    if size[0] % 2 or size[1] % 2:
+        notes.append(f"odd size {size[0]} x {size[1]}")
+    return {
+        "sha256": file_sha256(path), "frames": frames, "fps": str(Fraction(rate)),
+        "width": size[0], "height": size[1], "note": "; ".join(notes),
+    }  # fmt: skip
+
+
+def examine(
+    found: Mapping[Path, Told | None], remembered: Remember | None = None,
+    remember: Callable[[Path, Mapping[str, Any]], None] | None = None, workers: int = 2,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[Video], list[Problem]]:  # fmt: skip
+    """Look at every video; those that can be scored, and what is wrong with the others.
+
+    Args:
+        remembered: what was seen of a file that has not changed since, or None.
+        remember: called with what was seen now, from this thread.
+    """
+    facts = {path: remembered(path) if remembered else None for path in found}
+    new = [path for path, known in facts.items() if known is None]
+    with ThreadPoolExecutor(workers) as pool:
+        for count, (path, seen) in enumerate(zip(new, pool.map(look, new), strict=True), 1):
+            facts[path] = seen
+            if remember is not None and "problem" not in seen:
+                remember(path, seen)
+            if progress is not None:
+                progress(count)
+    videos, problems = list[Video](), list[Problem]()
+    for path, told in found.items():
+        seen = facts[path]
+        assert seen is not None
+        if "problem" in seen:
+            problems.append(Problem(path.name, str(seen["problem"])))
+            continue
+        video = Video(path, path.name, **seen)
+        if told is not None:
+            video = replace(video, **asdict(told))
+        if video.note:
+            problems.append(Problem(video.name, video.note, fatal=False))
+        videos.append(video)
+    return videos, problems
+
+
+def absent(
+    videos: Iterable[Video], wanted: Mapping[str, int], known: Sequence[str] | None = None
+) -> list[Problem]:
+    """What a set of prompts lacks: prompts without videos, too few of one, names of no prompt.
+
+    Args:
+        wanted: prompt -> number of its videos.
+        known: prompts that are no stray either, though nothing asks for them now.
+    """
+    videos = list(videos)
+    held = Counter(video.prompt for video in videos)
+    problems = list[Problem]()
+    for prompt, count in wanted.items():
+        if not held[prompt]:
+            problems.append(Problem(prompt, f"no video of this prompt ({count} wanted)", False))
+        elif held[prompt] < count:
+            what = f"{held[prompt]} of {count} videos of this prompt"
+            problems.append(Problem(prompt, what, False))
+    allowed = set(wanted) | set(known or ())
+    problems += [
+        Problem(video.name, "its name is of no prompt of the suite", False)
+        for video in videos
+        if video.prompt not in allowed
+    ]
+    return problems
+
+
+def problem_table(problems: Iterable[Problem]) -> pd.DataFrame:
+    """Problems as a table ``name, what, fatal``."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [asdict(problem) for problem in problems], columns=["name", "what", "fatal"]
+    )
+
+
+def facts_json(facts: Mapping[str, Any]) -> str:
+    """What was seen of a file, as it is remembered."""
+    return json.dumps(dict(facts), sort_keys=True)

@@ -1,0 +1,1 @@
+"""Run by VBench's own interpreter, as ``python worker REQUEST.json``; imports nothing of ours."""

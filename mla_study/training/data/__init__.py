@@ -1,0 +1,1 @@
+"""Training data: the world, folders of videos, prompts alone, recorded trajectories."""
