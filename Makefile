@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything runs in .venv, which the first call builds.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vbench figures data study study-full test lint lab bench bench-probe bench-model bench-train bench-vbench bench-gpu clean
+.PHONY: help setup setup-vbench figures data report study study-full test lint lab bench bench-probe bench-model bench-train bench-vbench bench-gpu clean
 BIN := .venv/bin
 
 # One BLAS thread a process: several processes share the cores, threads on top only wait.
@@ -31,6 +31,9 @@ figures: setup ## draw what is stale into results/figures (FIG=fig1  FORCE=1  PA
 
 data: setup ## measure the committed tables of results/data anew (FIG=fig1 for one figure's)
 	@$(BIN)/mla-study data $(if $(FIG),--fig $(FIG))
+
+report: setup ## one page of every claim, its number, null and verdict (RESULTS=DIR adds your own)
+	@$(BIN)/mla-study report $(if $(RESULTS),--results '$(RESULTS)') $(ARGS)
 
 study: setup ## train and judge four students of the miniature, in minutes (again goes on)
 	@$(BIN)/mla-study study mini $(ARGS)
@@ -69,6 +72,6 @@ bench: setup ## measure the efficiency study on this CPU anew (half an hour, one
 bench-gpu: setup ## measure Wan 1.3B on a CUDA GPU, piece by piece (again goes on; ARGS='--pieces step')
 	@$(BIN)/mla-study bench gpu $(ARGS)
 
-clean: ## remove .venv, .venv-vbench, drawn figures and caches; committed results stay
-	@rm -rf .venv .venv-vbench results/figures .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## remove .venv, .venv-vbench, drawn figures, the report and caches; committed results stay
+	@rm -rf .venv .venv-vbench results/figures results/report .pytest_cache .ruff_cache .hypothesis build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,6 +24,7 @@ from mla_study.commands.latentize import Latentize
 from mla_study.commands.latents import Latents
 from mla_study.commands.mask import Mask
 from mla_study.commands.plan import Plan
+from mla_study.commands.report import Report
 from mla_study.commands.study import Study
 from mla_study.commands.text import Text
 from mla_study.commands.train import Train
@@ -288,6 +289,7 @@ Command = (
     | Annotated[Study, tyro.conf.subcommand("study")]
     | Annotated[VBench, tyro.conf.subcommand("vbench")]
     | Annotated[Claims, tyro.conf.subcommand("claims")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Dispatch, tyro.conf.subcommand("dispatch")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]

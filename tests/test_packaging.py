@@ -172,6 +172,8 @@ def test_the_wheel_holds_the_package_its_style_and_its_models_only(tmp_path: Pat
     carried = {Path(name).name for name in names if name.startswith("mla_study/data/miniature/")}
     models = {f"{name}.safetensors" for name in ("teacher", "dense", "latent", "codec")}
     assert carried == {*models, "run.json"}
+    page = {Path(name).name for name in names if name.startswith("mla_study/report/")}
+    assert {"page.html.jinja", "page.css", "uPlot.iife.min.js", "uPlot-LICENSE.txt"} <= page
     assert not [name for name in names if "__pycache__" in name]
     scripts = next(name for name in names if name.endswith("entry_points.txt"))
     listed = zipfile.ZipFile(wheel).read(scripts).decode()

@@ -10,7 +10,7 @@ from pathlib import Path
 from venvs import ROOT, Venv, main_of
 
 VENV = Venv(ROOT / ".venv", "setup")
-EXTRAS = "torch,notebooks,formats,hub,video,train,gpu,bench,dev"
+EXTRAS = "torch,notebooks,formats,hub,video,report,train,gpu,bench,dev"
 
 
 def recipe_hash() -> str:

@@ -44,7 +44,7 @@ EXIT_INTERRUPTED = 130
 STAMPS = ".stamps"
 GRACE = 5.0  # seconds between asking a worker to stop and ending it
 
-__all__ = ["Project", "parse_assignments", "run_data", "run_figures"]
+__all__ = ["Project", "locked", "parse_assignments", "run_data", "run_figures", "stamp_file"]
 
 
 @dataclass
@@ -93,7 +93,7 @@ def run_figures(
             if reason:
                 _print(f"  {name}: skipped, as it is drawn from {reason}")
         chosen = [figure for figure in chosen if not reasons[figure.id]]
-    with _locked(project):
+    with locked(project):
         cache = staleness.HashCache(project.figures / STAMPS / "inputs.json")
         looked = [_look(figure, project, given, cache, force) for figure in chosen]
         cache.save()
@@ -260,7 +260,7 @@ class _Runner:
 
     def _place(self, job: _Job, scratch: Path, temporary: Path, executed: Path) -> list[str]:
         """Move what was drawn to its place; the stamp last, so that a cut leaves it stale."""
-        stamp = _stamp_file(self._project, job.figure)
+        stamp = stamp_file(self._project, job.figure)
         stamp.unlink(missing_ok=True)
         text = temporary.read_text(encoding="utf-8")
         temporary.write_text(text.replace(str(scratch), str(self._project.figures)))
@@ -311,7 +311,7 @@ def _look(
 ) -> _Job:
     values = figure.values(given)
     parts = staleness.key_parts(figure, project, values, cache)
-    stamp = staleness.read_stamp(_stamp_file(project, figure))
+    stamp = staleness.read_stamp(stamp_file(project, figure))
     reason = staleness.why_stale(stamp, parts, project.figures)
     return _Job(figure, values, parts, reason or ("forced" if force else ""))
 
@@ -332,12 +332,13 @@ def _list(figures: Sequence[Figure], project: Project, given: Mapping[str, objec
     return 0
 
 
-def _stamp_file(project: Project, figure: Figure) -> Path:
+def stamp_file(project: Project, figure: Figure) -> Path:
+    """Where the stamp of a figure lies, see :mod:`mla_study.study.staleness`."""
     return project.figures / STAMPS / f"{figure.id}.json"
 
 
 @contextlib.contextmanager
-def _locked(project: Project) -> Generator[None]:
+def locked(project: Project) -> Generator[None]:
     """One driver at a time in an output folder; a second one waits."""
     folder = project.figures / STAMPS
     try:

@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -134,6 +135,17 @@ def device() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def hardware_of(run: Mapping[str, Any]) -> str:
+    """The machine that a run record names, as a reader wants it; empty where it names none."""
+    observed = run.get("observed") or {}
+    if observed.get("hardware"):
+        return str(observed["hardware"])
+    found = observed.get("device") or {}
+    if "gpu" in found:
+        return str(found["gpu"])
+    return f"{found['cpu']}, {found.get('cores', '?')} cores" if "cpu" in found else ""
 
 
 def _clock() -> tuple[float, float]:

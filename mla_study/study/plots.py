@@ -12,6 +12,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -42,11 +43,27 @@ COLOURS = {
 }
 NULL_COLOUR = "#999999"  # null models are always this grey
 EPOCH = "0"  # SOURCE_DATE_EPOCH: 1970-01-01
+SMALL_PRINT = {"pdf": "Subject", "png": "Description", "svg": "Description"}
 METADATA: dict[str, dict[str, Any]] = {
     "pdf": {"Creator": "mla_study", "Producer": "matplotlib", "CreationDate": None},
     "png": {"Software": "mla_study"},
     "svg": {"Creator": "mla_study", "Date": None},
 }
+
+
+_wanted: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
+    "formats", default=FORMATS
+)
+
+
+@contextlib.contextmanager
+def only(*formats: str) -> Generator[None]:
+    """Inside, :func:`save_figure` writes these formats where it is asked for no others."""
+    token = _wanted.set(formats)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 @contextlib.contextmanager
@@ -80,33 +97,57 @@ def stamp(
 
 
 def save_figure(
-    figure: Figure, stem: Path | str, formats: Iterable[str] = FORMATS
+    figure: Figure, stem: Path | str, formats: Iterable[str] | None = None
 ) -> dict[str, Path]:
     """Write ``{stem}.{format}`` for each format; each file is complete or absent.
 
-    The bytes depend on the figure, matplotlib and its bundled fonts only: no date, no random ids.
+    The bytes depend on the figure, matplotlib and its bundled fonts only: no date, no random ids,
+    and a file does not depend on which others are written. What :func:`stamp` printed stands in
+    their metadata too.
 
     :param stem: path without a suffix; folders are made.
+    :param formats: by default all, or those of :func:`only`.
     :return: format -> path.
     :raises UserError: an unknown format, or a folder that cannot be written.
     """
     import matplotlib as mpl
 
     stem = Path(stem)
-    wanted = list(formats)
+    wanted = list(_wanted.get() if formats is None else formats)
     unknown = [name for name in wanted if name not in METADATA]
     if unknown:
         raise UserError(f"Figures are saved as {', '.join(METADATA)}, not as {unknown[0]}.")
     paths = {name: stem.with_name(f"{stem.name}.{name}") for name in wanted}
     fixed: dict[Any, Any] = {"svg.hashsalt": "mla_study", "svg.fonttype": "path"}
     fixed |= {"pdf.fonttype": 42, "pdf.compression": 0, "savefig.dpi": 300}
-    with _source_date_epoch(), mpl.rc_context(fixed):
+    told = figure.get_supxlabel()
+    about = {k: {**v, **({SMALL_PRINT[k]: told} if told else {})} for k, v in METADATA.items()}
+    with _source_date_epoch(), mpl.rc_context(fixed), _laid_out(figure):
         for name, path in paths.items():
             atomic_write(
                 path,
-                lambda to, name=name: figure.savefig(to, format=name, metadata=METADATA[name]),
+                lambda to, name=name: figure.savefig(to, format=name, metadata=about[name]),
             )
     return paths
+
+
+@contextlib.contextmanager
+def _laid_out(figure: Figure) -> Generator[None]:
+    """Lay the figure out once, with the same letter widths whatever the backend.
+
+    Each further pass would move its axes by a trace.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    canvas, engine = figure.canvas, figure.get_layout_engine()
+    FigureCanvasSVG(figure)  # becomes the figure's
+    figure.draw_without_rendering()
+    figure.set_canvas(canvas)
+    figure.set_layout_engine("none")
+    try:
+        yield
+    finally:
+        figure.set_layout_engine(engine)
 
 
 @contextlib.contextmanager

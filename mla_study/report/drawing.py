@@ -1,0 +1,46 @@
+"""Drawing one figure in a worker process: the SVG alone, and what it prints is not shown."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def prepare() -> None:
+    """Start-up of a worker: Ctrl-C is the parent's to hear, and nothing opens a window."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["MPLBACKEND"] = "svg"
+
+
+def draw(root: str, figure: str, values: Mapping[str, Any], folder: str) -> str:
+    """Draw ``analysis.<figure>`` of a checkout with a notebook's parameters.
+
+    Returns:
+        '' or what went wrong, in a sentence.
+    """
+    from matplotlib import pyplot as plt
+
+    from mla_study.errors import UserError
+    from mla_study.study.plots import only
+
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    try:
+        with only("svg"), contextlib.redirect_stdout(io.StringIO()):
+            function = importlib.import_module(f"analysis.{figure}").draw
+            known = inspect.signature(function).parameters
+            function(out_dir=folder, **{k: v for k, v in values.items() if k in known})
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        plt.close("all")
+    return ""
