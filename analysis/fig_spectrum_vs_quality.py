@@ -143,15 +143,13 @@ def _points(axis: Axes, here: pd.DataFrame, predictor: str) -> None:
             row[predictor], row["value"], row["se"], color=colour, marker=marker, ms=3,
             elinewidth=0.7, ls="",
         )  # fmt: skip
-        name = ""
-        if row["d_rope"] != miniature.D_ROPE:
-            name = f"{miniature.HEAD - row['d_rope']}/{row['d_rope']}"
-        elif row["init"] == "activation":
-            name = str(row["d_c"])
-        axis.annotate(
-            name, (row[predictor], row["value"]), (2, 2), textcoords="offset points", fontsize=4.5,
-            color=colour,
-        )  # fmt: skip
+        # splits and inits crowd around the default size; their colour and marker tell them
+        if row["d_rope"] == miniature.D_ROPE and row["init"] == "activation":
+            place = (0, -7) if row["d_c"] == miniature.D_C else (2, 2)
+            axis.annotate(
+                str(row["d_c"]), (row[predictor], row["value"]), place,
+                textcoords="offset points", fontsize=4.5, color=colour,
+            )  # fmt: skip
     axis.margins(x=0.15)
 
 
