@@ -55,16 +55,14 @@ def compare(folders: Sequence[Path], anyway: bool = False) -> Comparison:
     ]
     if not scorers:
         raise UserError(f"{' and '.join(names)} have no dimension in common")
-    unlike = list(
-        dict.fromkeys(
-            f"{names[i]} and {names[i + 1]}: {sentence}"
-            for i, (one, two) in enumerate(pairwise(protocols))
-            for sentence in differences(one, two, scorers)
-        )
-    )
+    unlike = list[str]()
+    for i, (one, two) in enumerate(pairwise(protocols)):
+        found = differences(one, two, scorers)
+        if found:
+            unlike.append(f"{names[i]} and {names[i + 1]}: {'; '.join(found)}")
     if unlike and not anyway:
         raise UserError(
-            f"these runs are of unlike protocol: {'; '.join(unlike)}. Run them alike, or see them "
+            f"these runs are of unlike protocol: {'. '.join(unlike)}. Run them alike, or see them "
             "side by side, with this said, by --anyway"
         )
     rows = list[dict[str, Any]]()

@@ -122,7 +122,7 @@ def run_long(
         protocol_of(request, seen, suite_hash, plan, held), static_filter=static is not None,
         long_configs=f"{options.configs.source} ({options.configs.sha256[:12]})",
         aggregation="upstream's" if options.exact else "corrected",
-        clip_to_clip=("DINOv2 and DreamSim" if options.dev else "none"),
+        clip_to_clip=("DINOv2 and DreamSim" if options.dev else "not compared"),
     )  # fmt: skip
     for note in dict.fromkeys(note for result in found.values() for note in result.notes):
         say(note)
