@@ -198,6 +198,23 @@ def test_a_folder_of_something_else_is_not_emptied(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_a_set_up_does_not_hold_the_lock_that_uv_waits_for(tmp_path: Path) -> None:
+    code = (
+        "import fcntl, sys; sys.path.insert(0, 'tools')\n"
+        "from pathlib import Path; from venvs import Venv\n"
+        "folder = Path(sys.argv[1])\n"
+        "def build():\n"
+        "    with (folder / '.lock').open('w') as lock:\n"
+        "        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "Venv(folder, 'setup-vbench').ensure('x', build)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".stamp").read_text() == "x"
+
+
 def test_a_full_disk_is_said_before_anything_is_installed(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, 'tools')\n"

@@ -82,9 +82,9 @@ def main() -> None:
             "libraries need 3.10 or 3.11: `make setup-vbench PYTHON=/path/to/python3.11`."
         )
     folder = arguments().into.absolute()
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / ".lock").exists():
-        sys.exit(f"{folder} holds something else than a set-up of ours: name an empty folder.")
     venv = Venv(folder, "setup-vbench")
+    if venv.foreign():
+        sys.exit(f"{folder} holds something else than a set-up of ours: name an empty folder.")
     venv.ensure(recipe_hash(folder), lambda: build(venv), LEAST_GIB)
     done = subprocess.run([str(venv.python), "-c", SHOW], capture_output=True, text=True)
     print(f"vbench {done.stdout.strip() or '?'} in {folder}", file=sys.stderr)

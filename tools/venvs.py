@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCK = ".setup.lock"
+"""Held during a set-up; ``.lock`` is uv's own, for which it would wait five minutes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Venv:
     @property
     def stamp(self) -> Path:
         return self.folder / ".stamp"
+
+    def foreign(self) -> bool:
+        """Whether the folder holds things, and none that a set-up leaves."""
+        ours = any((self.folder / name).exists() for name in (LOCK, ".stamp"))
+        return self.folder.is_dir() and any(self.folder.iterdir()) and not ours
 
     def version(self) -> str:
         """'3.11' of the Python in it, or '' where there is none that starts."""
@@ -96,7 +103,7 @@ class Venv:
         :param least_gib: free disk space without which the build is not begun.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
+        with (self.folder / LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             version = self.version()
             # A Python named on the command line wins over the one that built the environment.
@@ -122,7 +129,7 @@ class Venv:
 
     def _empty(self) -> None:
         for item in self.folder.iterdir():
-            if item.name == ".lock":
+            if item.name == LOCK:
                 continue
             if item.is_dir() and not item.is_symlink():
                 shutil.rmtree(item)
