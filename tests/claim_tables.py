@@ -12,8 +12,7 @@ import pandas as pd
 
 from mla_study.study.claims import CLAIMS, Claim, Outcome
 from mla_study.study.claims.ledger import outcome
-from mla_study.study.claims.model import MissingError
-from mla_study.study.claims.sources import Tables
+from mla_study.study.claims.sources import MissingError, Tables
 from mla_study.study.runs import write_result
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

@@ -7,16 +7,8 @@ import math
 import pytest
 
 from mla_study.study.claims import rules
-from mla_study.study.claims.model import (
-    MissingError,
-    Number,
-    Role,
-    Rule,
-    Verdict,
-    evidence,
-    spell,
-    stated,
-)
+from mla_study.study.claims.model import Number, Role, Rule, Verdict, evidence, spell, stated
+from mla_study.study.claims.sources import MissingError
 from mla_study.study.statistics import median_interval
 
 NAN = math.nan

@@ -26,9 +26,9 @@ from mla_study.study.claims.ledger import (
     tables_of,
     write,
 )
-from mla_study.study.claims.model import MissingError, Verdict
+from mla_study.study.claims.model import Verdict
 from mla_study.study.claims.report import counts, document, full_text, listing
-from mla_study.study.claims.sources import Reader, Tables, rows
+from mla_study.study.claims.sources import MissingError, Reader, Tables, rows
 from mla_study.study.notebooks import Project, discover
 
 VERDICTS = get_args(Verdict)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from mla_study.study.claims.definitions import CLAIMS
 from mla_study.study.claims.ledger import evaluate
-from mla_study.study.claims.model import Claim, Number, Outcome, Source
+from mla_study.study.claims.model import Claim, Number, Outcome
+from mla_study.study.claims.sources import Source
 
 __all__ = ["CLAIMS", "Claim", "Number", "Outcome", "Source", "evaluate"]

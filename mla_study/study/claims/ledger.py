@@ -16,16 +16,9 @@ from typing import TYPE_CHECKING, get_args
 
 from mla_study.errors import UserError
 from mla_study.study.claims.definitions import CLAIMS
-from mla_study.study.claims.model import (
-    Claim,
-    Evidence,
-    MissingError,
-    Number,
-    Outcome,
-    Source,
-)
+from mla_study.study.claims.model import Claim, Evidence, Number, Outcome
 from mla_study.study.claims.rules import judged
-from mla_study.study.claims.sources import Reader, Tables
+from mla_study.study.claims.sources import MissingError, Reader, Source, Tables
 from mla_study.study.runs import Provenance, Validity, read_result, round_significant, write_result
 
 if TYPE_CHECKING:

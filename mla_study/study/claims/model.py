@@ -10,12 +10,10 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
+from mla_study.study.claims.sources import Reader, Source
 from mla_study.study.runs import Provenance, Validity
-
-if TYPE_CHECKING:
-    from mla_study.study.claims.sources import Reader
 
 Verdict = Literal[
     "supported",
@@ -31,10 +29,6 @@ doing nothing gives, and what is shown but decides nothing."""
 
 
 SHARE, ROUNDING = "share", "rounding"
-
-
-class MissingError(Exception):
-    """What would be needed to judge a claim, in words that end a sentence ``needs ...``."""
 
 
 @dataclass(frozen=True)
@@ -177,25 +171,6 @@ class Claim:
     figure: str
     command: str
     reading: str = ""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file that a claim was judged by.
-
-    Attributes:
-        file: below the results folder, such as ``data/study_scores/table.parquet``.
-        run_hash: empty for published values.
-        altered: the file is not the one that its run record describes.
-    """
-
-    file: str
-    sha256: str
-    run_hash: str
-    provenance: Provenance
-    validity: Validity
-    hardware: str
-    altered: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mla_study.study.claims.model import (
-    Evidence,
-    MissingError,
-    Number,
-    Rule,
-    Ruling,
-    Verdict,
-    spell,
-)
+from mla_study.study.claims.model import Evidence, Number, Rule, Ruling, Verdict, spell
+from mla_study.study.claims.sources import MissingError
 
 SUPPORTED: Verdict = "supported"
 NOT_SUPPORTED: Verdict = "not supported"

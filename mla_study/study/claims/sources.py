@@ -18,11 +18,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mla_study.errors import UserError
-from mla_study.study.claims.model import MissingError, Source
 from mla_study.study.runs import RUN_FILE, Provenance, Validity
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class MissingError(Exception):
+    """What would be needed to judge a claim, in words that end a sentence ``needs ...``."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that a claim was judged by.
+
+    Attributes:
+        file: below the results folder, such as ``data/study_scores/table.parquet``.
+        run_hash: empty for published values.
+        altered: the file is not the one that its run record describes.
+    """
+
+    file: str
+    sha256: str
+    run_hash: str
+    provenance: Provenance
+    validity: Validity
+    hardware: str
+    altered: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import pandas as pd
 
 from mla_study.errors import UserError
 from mla_study.miniature.results import of_student, score_rows
-from mla_study.study.claims.model import MissingError, Number, Role
-from mla_study.study.claims.sources import Reader
+from mla_study.study.claims.model import Number, Role
+from mla_study.study.claims.sources import MissingError, Reader
 from mla_study.study.statistics import interval, paired
 
 BY_SEED, BY_VIDEO = "95 %, paired by seed", "95 %, over the videos of one seed"

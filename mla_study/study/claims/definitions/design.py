@@ -24,9 +24,9 @@ from mla_study.study.claims.definitions.common import (
     difference,
     scores,
 )
-from mla_study.study.claims.model import Claim, Evidence, MissingError, Number, Role, evidence
+from mla_study.study.claims.model import Claim, Evidence, Number, Role, evidence
 from mla_study.study.claims.rules import MoreThanNull, NoWorse
-from mla_study.study.claims.sources import rows
+from mla_study.study.claims.sources import MissingError, rows
 
 METRICS = ("all_correct", "iou")
 SMALL_RATIO = 64 / 1536

@@ -7,9 +7,9 @@ import pandas as pd
 
 from mla_study.evaluation.vbench.scores import total_of, weighted_total
 from mla_study.study.claims.definitions.common import Reader
-from mla_study.study.claims.model import Claim, Evidence, MissingError, Number, evidence, stated
+from mla_study.study.claims.model import Claim, Evidence, Number, evidence, stated
 from mla_study.study.claims.rules import Agrees, First
-from mla_study.study.claims.sources import one, rows
+from mla_study.study.claims.sources import MissingError, one, rows
 
 OURS = "VideoMLA"
 DIMENSIONS = ("aesthetic_quality", "background_consistency", "dynamic_degree", "imaging_quality",

@@ -10,9 +10,9 @@ from mla_study.miniature.results import D_C, D_ROPE, MARGIN, is_long, of_student
 from mla_study.probes.nulls import gaussian_product_null
 from mla_study.study.claims.definitions.cache import sizes
 from mla_study.study.claims.definitions.common import STUDY, Reader, difference, over_seeds
-from mla_study.study.claims.model import Claim, Evidence, MissingError, Number, evidence
+from mla_study.study.claims.model import Claim, Evidence, Number, evidence
 from mla_study.study.claims.rules import MoreThanNull
-from mla_study.study.claims.sources import rows
+from mla_study.study.claims.sources import MissingError, rows
 
 TOLD = {"svd": "spectral", "random": "random"}
 RANK = "r_0.99_interp"

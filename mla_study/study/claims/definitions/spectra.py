@@ -9,9 +9,9 @@ from mla_study.miniature.prediction import energy
 from mla_study.miniature.results import D_C, MARGIN, WIDTH
 from mla_study.probes.nulls import marchenko_pastur
 from mla_study.study.claims.definitions.common import STUDY, Reader, against, scores
-from mla_study.study.claims.model import Claim, Evidence, MissingError, Number, Role, evidence
+from mla_study.study.claims.model import Claim, Evidence, Number, Role, evidence
 from mla_study.study.claims.rules import AboveLevel, Despite, MoreThanNull
-from mla_study.study.claims.sources import one, rows
+from mla_study.study.claims.sources import MissingError, one, rows
 from mla_study.study.statistics import median_interval
 
 WAN = "wan_spectra"

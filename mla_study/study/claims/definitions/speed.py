@@ -8,9 +8,9 @@ import pandas as pd
 
 from mla_study.study.claims.definitions.cache import sizes
 from mla_study.study.claims.definitions.common import Reader
-from mla_study.study.claims.model import Claim, Evidence, MissingError, Number, evidence
+from mla_study.study.claims.model import Claim, Evidence, Number, evidence
 from mla_study.study.claims.rules import Agrees, Faster, Reaches
-from mla_study.study.claims.sources import one, rows
+from mla_study.study.claims.sources import MissingError, one, rows
 from mla_study.study.formulas import evaluated
 
 GPU = ("bench_rollout_full_beside", "bench_rollout_full_within")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mla_study.evaluation.vbench.runs.protocol import Protocol, differences
 from mla_study.study.claims.definitions.common import Reader
-from mla_study.study.claims.model import Claim, Evidence, MissingError, Number, evidence
+from mla_study.study.claims.model import Claim, Evidence, Number, evidence
 from mla_study.study.claims.rules import NoWorse
-from mla_study.study.claims.sources import one
+from mla_study.study.claims.sources import MissingError, one
 
 POINT = 0.01
 """A point of VBench: a difference below it counts as none."""
