@@ -290,6 +290,9 @@ def _tensor(file: SafetensorsFile, source: Path, name: str) -> np.ndarray:
     return file.read(name)
 
 
+_LARGEST = 1e150  # its square is still a number
+
+
 def _checked(source: Path, name: str, matrix: np.ndarray) -> np.ndarray:
     def bad(what: str) -> UserError:
         return UserError(
@@ -303,6 +306,8 @@ def _checked(source: Path, name: str, matrix: np.ndarray) -> np.ndarray:
     if not np.isfinite(wide).all():
         raise bad("holds NaN or Inf")
     top = float(np.abs(wide).max())
+    if top > _LARGEST:
+        raise bad(f"holds values up to {top:.3g}, whose products overflow")
     if float(np.abs(wide - wide.T).max()) > tolerance * top:
         raise bad("is not symmetric")
     wide = (wide + wide.T) / 2

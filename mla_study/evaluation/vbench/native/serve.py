@@ -116,7 +116,6 @@ def _load(scorer: str, threads: int, request: Mapping[str, Any]) -> Scorer:
     import torch
     from threadpoolctl import threadpool_limits
 
-    torch.set_grad_enabled(False)
     torch.set_num_threads(threads)
     threadpool_limits(threads)
     try:
@@ -144,9 +143,12 @@ def _serve(scorer: Scorer, lines: TextIO, say: Say) -> int:
 
 def _scored(scorer: Scorer, name: str, path: Path, prompt: str) -> dict[str, Any]:
     """The answer for one video: a score, or in one sentence why there is none."""
+    import torch
+
     start = time.perf_counter()
     try:
-        made = scorer.score(path, prompt)
+        with torch.no_grad():
+            made = scorer.score(path, prompt)
     except UserError as error:
         return {"event": "failed", "id": name, "reason": str(error)}
     except Exception as error:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from mla_study.rollout.video import Decoder
 
 Say = Callable[[str], object]
-CODEC = {"preset": "veryfast", "crf": "17", "bf": "0"}
+CODEC = {"preset": "veryfast", "crf": "17", "bf": "0", "x264-params": "mbtree=0"}
 """x264's options, as generate's. With one thread the same frames then give the same bytes; with
-bidirectional frames they do not."""
+bidirectional frames, or quality spread over frames to come (mbtree), they do not."""
 
 
 @dataclass(frozen=True)
