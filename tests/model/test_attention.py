@@ -88,7 +88,7 @@ def test_forms_with_and_without_cache(
         truth = use(model, "reference")(x, t, conditioning, rule)
         for form in PORTABLE:
             use(model, form, group=2)
-        # a latent of one channel has its norm divided away: fp32 leaves a few 1e-6 there
+            # a latent of one channel has its norm divided away: fp32 leaves a few 1e-6 there
             assert error(model(x, t, conditioning, rule), truth) < 1e-5
             assert error(rolled(model, x, t, conditioning, window, positions), truth) < 1e-5
 

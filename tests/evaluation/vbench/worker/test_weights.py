@@ -38,6 +38,8 @@ NEEDS = {
     "temporal_style": VICLIP,
     "overall_consistency": VICLIP,
 }
+HEAVY = ("human_action", "scene", "temporal_style", "overall_consistency")
+"""Half a minute to two minutes of CPU each."""
 TERMS = {
     "subject_consistency": 4,
     "background_consistency": 4,
@@ -69,7 +71,10 @@ def open_worker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Wor
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("scorer", NEEDS)
+@pytest.mark.parametrize(
+    "scorer",
+    [pytest.param(name, marks=pytest.mark.heavy) if name in HEAVY else name for name in NEEDS],
+)
 def test_a_dimension_goes_from_its_weights_to_a_score(
     open_worker: Callable[[str], Worker], tmp_path: Path, scorer: str
 ) -> None:
