@@ -85,6 +85,7 @@ class Run:
         from mla_study.evaluation.vbench.runs.run import run
         from mla_study.evaluation.vbench.runs.scoring import LongOptions, Request
         from mla_study.evaluation.vbench.runs.tables import text_table
+        from mla_study.evaluation.vbench.sampling.plan import parse_shard
 
         names = [name for given in self.dimensions for name in given.replace(",", " ").split()]
         scorers = scorers_for(self.mode, names or ["all"])
@@ -101,6 +102,7 @@ class Run:
                 detectron2, folder, installed, trust=self.trust_weights
             )
         place = Place(folder, found, detectron2, self.trust_weights)
+        shard = parse_shard(self.shard)
         devices, threads = _slots(self.device, self.workers, found)
         long = None
         if long_mode:
@@ -109,7 +111,7 @@ class Run:
         request = Request(
             self.videos, self.out, scorers, place, self.mode,
             self.model or self.videos.resolve().stem, self.prompts, self.extended,
-            self.static_filter, devices, threads, _shard(self.shard), self.take, self.skip_bad,
+            self.static_filter, devices, threads, None if shard[1] == 1 else shard, self.take, self.skip_bad,
             long,
         )  # fmt: skip
         try:
@@ -209,17 +211,6 @@ def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, 
         cards = [f"cuda:{i}" for i in range(gpus)]
     count = workers or len(cards)
     return tuple(cards[i % len(cards)] for i in range(count)), max(1, cores // count)
-
-
-def _shard(text: str | None) -> tuple[int, int] | None:
-    """``0/2`` as (0, 2); under torchrun, the rank's own where nothing is given."""
-    if text is None:
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-        return (int(os.environ.get("RANK", "0")), count) if count > 1 else None
-    index, slash, count = text.partition("/")
-    if not slash or not index.isdigit() or not count.isdigit() or int(index) >= int(count):
-        raise UserError(f"--shard {text}: give I/N with I from 0 to N - 1, such as 0/2")
-    return int(index), int(count)
 
 
 def _say(sentence: str) -> None:

@@ -51,24 +51,13 @@ def test_missing_weights_are_named_before_anything_is_scored(
         (("run", "nowhere", "--out", "x", "--dimensions", "colour"), "did you mean 'color'"),
         (("run", "nowhere", "--out", "x", "--mode", "custom", "--dimensions", "scene"), "prompts"),
         (("compare", "one"), "at least two"),
+        (("run", "x", "--out", "y", *FLICKER, "--shard", "3/3"), "give I/N"),
     ],
 )
 def test_wrong_words_are_told(
     capsys: pytest.CaptureFixture[str], words: tuple[str, ...], says: str
 ) -> None:
     assert says in refused(capsys, *words)
-
-
-def test_shards_are_read_from_the_option_or_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command._shard("1/3") == (1, 3)  # pyright: ignore[reportPrivateUsage]
-    for text in ("3/3", "1", "a/b", "-1/2"):
-        with pytest.raises(UserError, match="--shard"):
-            command._shard(text)  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert command._shard(None) is None  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "2")
-    assert command._shard(None) == (2, 4)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_processes_share_the_cores() -> None:
