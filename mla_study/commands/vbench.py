@@ -111,7 +111,9 @@ class Run:
         request = Request(
             self.videos, self.out, scorers, place, self.mode,
             self.model or self.videos.resolve().stem, self.prompts, self.extended,
-            self.static_filter, devices, threads, None if shard[1] == 1 else shard, self.take, self.skip_bad,
+            self.static_filter, devices, threads,
+            None if shard[1] == 1 else shard, self.take,
+            self.skip_bad,
             long,
         )  # fmt: skip
         try:
