@@ -121,7 +121,7 @@ def _block(axis: Axes, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) 
         Box(x, 0.34, wide, 0.16, f"h [L, {d}]", _TENSOR),
         Box(x, 0.64, wide, 0.26, f"norm1, modulation\n{modulation}"),
         Box(x, 0.97, wide, 0.22, "self_attn", _PLAIN, 5.2),
-        Box(x, 1.4, wide, 0.26, weight(shapes, "norm3")),
+        Box(x, 1.46, wide, 0.22, weight(shapes, "norm3")),
         Box(x, 1.88, wide, 0.52, f"cross_attn to text\n{cross}.weight\n{d} × {d}, bias\n"
             f"norm_q.weight,\nnorm_k.weight\n{norms}"),
         Box(x, 2.46, wide, 0.24, "norm2,\nmodulation"),
