@@ -65,6 +65,8 @@ class Run:
     """Folder with upstream's four YAML files (default: their published values)."""
     workers: int | None = None
     """Processes (default: one a core, or one a GPU)."""
+    threads: int | None = None
+    """Threads of a process (default: the cores, shared evenly)."""
     device: str = "auto"
     """cpu, cuda (all GPUs that are visible), cuda:1, or auto."""
     shard: str | None = None
@@ -104,6 +106,8 @@ class Run:
         place = Place(folder, found, detectron2, self.trust_weights)
         shard = parse_shard(self.shard)
         devices, threads = _slots(self.device, self.workers, found)
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads is {self.threads}, but it must be at least 1")
         long = None
         if long_mode:
             configs = load_configs(self.long_configs)
@@ -111,7 +115,7 @@ class Run:
         request = Request(
             self.videos, self.out, scorers, place, self.mode,
             self.model or self.videos.resolve().stem, self.prompts, self.extended,
-            self.static_filter, devices, threads,
+            self.static_filter, devices, self.threads or threads,
             None if shard[1] == 1 else shard, self.take,
             self.skip_bad,
             long,
