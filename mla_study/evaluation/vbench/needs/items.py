@@ -321,7 +321,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "long.clip2clip.background_consistency": ("dreamsim", "dino_hub", "dino_vitb16"),
 }
 """Scorer -> keys. Every scorer that a worker may be asked for is here."""
-LONG_OPERATIONS = tuple(name for name in NEEDS if name.startswith("long."))
 
 
 def needed_by(scorer: str, mode: Mode = "short") -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -226,8 +225,3 @@ def problem_table(problems: Iterable[Problem]) -> pd.DataFrame:
     return pd.DataFrame(
         [asdict(problem) for problem in problems], columns=["name", "what", "fatal"]
     )
-
-
-def facts_json(facts: Mapping[str, Any]) -> str:
-    """What was seen of a file, as it is remembered."""
-    return json.dumps(dict(facts), sort_keys=True)
