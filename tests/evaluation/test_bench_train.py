@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mla_study.config import WindowConfig, mini
 from mla_study.evaluation import bench_train
 from mla_study.evaluation.bench_train import Noise, forcing, stepper, teacher_time, tracked, work
 from mla_study.evaluation.efficiency import train_plan
+from mla_study.miniature.judge import Trial
 from mla_study.training.data.opening import world_data
 from mla_study.training.loop import Trainer
 from mla_study.training.recipe import stages
@@ -75,19 +75,28 @@ def test_a_worker_answers_every_line(
     assert len([float(line) for line in capsys.readouterr().out.split()]) == 3
 
 
-def test_the_teacher_has_a_row_where_its_record_tells_its_score(tmp_path: Path) -> None:
-    record = tmp_path / "run.json"
-    assert teacher_time(record) == []
-    entry: dict[str, Any] = {"cpu_s": 700.5, "settings": {"stage": {"steps": 3600}}}
-    record.write_text(json.dumps({"models": {"teacher": entry}}))
-    assert teacher_time(record) == []
-    for score, rows in ((0.89, 0), (0.91, 1)):
-        entry["observed"] = {"all_correct": score, "videos": 256}
-        record.write_text(json.dumps({"models": {"teacher": entry}}))
-        found = teacher_time(record)
-        assert len(found) == rows
-    assert found[0].value == 700.5 and found[0].met
-    assert "3600 steps, 0.910 all-correct of 256 videos" in found[0].setting
+@pytest.mark.parametrize("score", [0.0, 0.5])
+def test_the_teacher_is_trained_until_it_is_good(
+    score: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge says .5 from the second time after the start on; the goal is met there or never."""
+    asked: list[int] = []
+
+    def judge(*_: object, **__: object) -> list[dict[str, bool]]:
+        asked.append(1)
+        return [{"all_correct": len(asked) > 2}, {"all_correct": False}]
+
+    monkeypatch.setattr(bench_train, "judge", judge)
+    monkeypatch.setattr(bench_train, "TEACHER_SCORE", score or 0.6)
+    stage = replace(stages("mini")["flow"], steps=7, batch=2)
+    (row,) = teacher_time(stage, 2, Trial(videos=2))
+    assert 0 < row.value < 60 and row.unit == "CPU s"
+    if score:
+        assert row.quantity == "teacher to 0.5 all-correct" and len(asked) == 3
+        assert "0.500 of 2 videos all correct at step 4 of 7" in row.setting
+    else:
+        assert row.quantity == "whole teacher" and len(asked) == 5
+        assert "at step 7 of 7" in row.setting
 
 
 def test_forcing_takes_changes() -> None:
