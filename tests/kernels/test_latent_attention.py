@@ -100,9 +100,14 @@ def test_at_odd_shapes(
 ) -> None:  # fmt: skip
     given = inputs(batch, queries, keys, heads, d_nope, 2 * pairs, d_v, d_c, draw)
     truth = oracle(*given)
-    assert error(reference(*given), truth) < 2e-7
-    assert error(reconstruct(*given, head_group=group), truth) < 2e-6
-    assert error(absorbed(*given), truth) < 2e-6
+    # few values may cancel: what is rounded are the values of which the mean is taken
+    values = torch.einsum("hvc,bkc->bkhv", given[5].double(), given[2].double())
+    size = max(truth.norm().item(), truth.numel() ** 0.5 * values.abs().mean().item())
+    for mine, most in (
+        (reference(*given), 2e-7), (reconstruct(*given, head_group=group), 2e-6),
+        (absorbed(*given), 2e-6),
+    ):  # fmt: skip
+        assert (mine.double() - truth).norm().item() < most * size
 
 
 def test_without_content_channels(seed: int) -> None:
