@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from analysis import (
 from mla_study.checkpoints.wan.load import expected_shapes
 from mla_study.config import preset
 from mla_study.errors import UserError
+from mla_study.kernels.latent_attention import PORTABLE
 from mla_study.miniature.clips import clip_row, even
 from mla_study.study.runs import write_result
 
@@ -132,6 +134,30 @@ def test_no_word_of_the_overview_leaves_the_figure() -> None:
         if text.get_text():
             box = text.get_window_extent()
             assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= wide and box.y1 <= high, text
+
+
+@pytest.mark.parametrize("name", ["wan-1.3b", "mini"])
+def test_the_overview_shows_both_forms_and_nothing_overlaps(name: str) -> None:
+    from matplotlib.patches import Rectangle
+    from matplotlib.text import Text
+
+    config = preset(name, latent=True)
+    assert config.latent is not None
+    figure = fig3_overview.overview(config)
+    figure.canvas.draw()
+    words = [t for t in figure.findobj(Text) if t.get_text()]
+    held = {text.get_text(): text.get_window_extent() for text in words}
+    assert set(PORTABLE) - {"reference"} <= set(held)
+    # only absorbed queries have the latent's width, and only rebuilt keys stand for all K tokens
+    assert f"times k_up\n[L, {config.heads}, {config.latent.d_c}]" in held
+    assert any(f"k nope [K, {config.heads}, {config.latent.d_nope}]" in text for text in held)
+    for one, other in itertools.combinations(words, 2):
+        a, b = one.get_window_extent().padded(-0.5), other.get_window_extent().padded(-0.5)
+        assert not a.overlaps(b), (one, other)
+    boxes = [p.get_window_extent() for p in figure.findobj(Rectangle) if p.get_width() < 3]
+    for text, word in held.items():
+        inside = [b for b in boxes if b.contains(*word.get_points().mean(0))]
+        assert all(b.x0 <= word.x0 and word.x1 <= b.x1 for b in inside if b.width > 30), text
 
 
 def test_the_preset_has_the_papers_hyperparameters(tmp_path: Path) -> None:
