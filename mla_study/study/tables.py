@@ -96,7 +96,7 @@ def spell(value: object, spec: str = "", least: float = 0.0) -> str:
         number = float(value) if spec and spec[-1] != "d" else value
         text = format(number, spec or ".4g")
         none = text.startswith("-") and not any(sign in text for sign in "123456789in")
-        if none or abs(number) < least:  # "in": -inf keeps its sign
+        if none or abs(float(value)) < least:  # "in": -inf keeps its sign
             text = format(abs(number * 0), spec or ".4g")
         return text.replace("-", "−") if not spec or spec[-1] not in "e" else text
     return str(value)
