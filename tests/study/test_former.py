@@ -1,4 +1,4 @@
-"""What a figure drew earlier and no longer draws: removed where it is known to be that, else not."""
+"""What a figure drew earlier and no longer draws: removed where that is known, else left."""
 
 from __future__ import annotations
 
