@@ -24,6 +24,7 @@ from mla_study.errors import UserError
 from mla_study.kernels.latent_attention import PORTABLE
 from mla_study.miniature.clips import clip_row, even
 from mla_study.study.runs import write_result
+from mla_study.world.scenes import World, sample_scenes
 
 ALL = [fig4_samples, fig5_comparison, fig6_long_horizon]
 
@@ -92,6 +93,54 @@ def test_a_folder_is_drawn_by_its_name(module: object, tmp_path: Path, seed: int
         assert "time in the video (s)" not in said
         assert "long\n2.5 s" in said and "short\n1 s" in said
     assert len(module.INPUTS(str(tmp_path / "clips"))) == 2  # type: ignore[attr-defined]
+
+
+def test_verdicts_stand_beside_the_rows_that_they_judge(tmp_path: Path, seed: int) -> None:
+    scenes = sample_scenes(World(), 3, seed % 2**31)
+    video = truth(seed % 2**31, 3, 12)
+    for number, caption in enumerate(map(str, scenes.captions)):
+        name = f"{caption.replace(' ', '_')}.mp4"
+        write(tmp_path / "clips" / "right" / name, video[number].repeat(4, 1).repeat(4, 2), 8)
+        empty = np.full((12, 24, 24, 3), 255, np.uint8)
+        write(tmp_path / "clips" / "void" / name, empty, 8)
+    figure = fig5_comparison.draw(str(tmp_path / "out"), videos=str(tmp_path / "clips"))
+    told = [t for axis in figure.axes for t in axis.texts if t.get_position()[0] > 1]
+    wanted = ["all correct", "no sprite,\nbackground wrong"] * len(set(scenes.captions))
+    assert [text.get_text() for text in told] == wanted
+    assert "Beside a row: the exact parser's verdict on the frames shown." in texts(figure)
+    figure.canvas.draw()
+    strips = [axis.get_window_extent() for axis in figure.axes if axis.get_images()]
+    for text in told:
+        box = text.get_window_extent()
+        assert box.x1 <= figure.bbox.width and not any(box.overlaps(strip) for strip in strips)
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_videos_that_cannot_be_decoded_are_left_out_and_said(
+    module: object, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("one", "two"):
+        write(tmp_path / "clips" / label / "a.mp4", truth(seed % 2**31, 1, 9)[0], 8)
+    (tmp_path / "clips" / "two" / "$b$_c.mp4").write_bytes(b"no video")
+    figure = module.draw(str(tmp_path / "out"), videos=str(tmp_path / "clips"))  # type: ignore[attr-defined]
+    told = "1 of 3 videos cannot be decoded and is left out"
+    assert f"{told}: two/$b$_c.mp4." in texts(figure)
+    assert any("measured · partial" in text for text in texts(figure))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"{told}:" and "two/$b$_c.mp4 cannot be read" in said[1] and len(said) == 2
+    for label in ("one", "two"):
+        (tmp_path / "clips" / label / "a.mp4").write_bytes(b"no video either")
+    with pytest.raises(UserError, match=r"of 3 videos .* none can be decoded"):
+        module.draw(str(tmp_path / "out"), videos=str(tmp_path / "clips"))  # type: ignore[attr-defined]
+
+
+def test_many_videos_that_cannot_be_decoded_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "clips" / "a.mp4", truth(1, 1, 5)[0], 8)
+    for number in range(30):
+        (tmp_path / "clips" / f"broken_{number:02}.mp4").write_bytes(b"")
+    (told,) = frames.opened(str(tmp_path / "clips"), 3, "fig5_comparison").notes
+    assert told.startswith("30 of 31 videos cannot be decoded and are left out: clips/broken_00")
+    assert told.endswith("clips/broken_23.mp4 and 6 more.")
 
 
 def test_what_is_not_there_is_told(table: pd.DataFrame, tmp_path: Path) -> None:
