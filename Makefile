@@ -26,8 +26,12 @@ setup: ## build .venv from constraints.txt (PYTHON=... chooses the interpreter)
 setup-vbench: ## build .venv-vbench, where VBench runs with its own libraries (6 GB, a minute or more)
 	$(call set_up,tools/setup_vbench.py $(if $(INTO),--into '$(INTO)'),310,311,python3.11 python3.10,3.11 or 3.10,setup-vbench)
 
-figures: setup ## draw what is stale into results/figures (FIG=fig1  FORCE=1  PARAMS='a=1 b=2'  LIST=1)
-	@$(BIN)/mla-study figures $(if $(FIG),--fig $(FIG)) $(if $(PARAMS)$(SERIES)$(VIDEOS),--params $(PARAMS) $(if $(SERIES),series='$(SERIES)') $(if $(VIDEOS),videos='$(VIDEOS)')) $(if $(FORCE),--force) $(if $(LIST),--list)
+# RUNS names folders with spaces or commas between them; the parameter takes commas.
+EMPTY :=
+GIVEN = $(strip $(PARAMS) $(if $(SERIES),series='$(SERIES)') $(if $(VIDEOS),videos='$(VIDEOS)') \
+	$(if $(RUNS),runs='$(subst $(EMPTY) ,$(COMMA),$(strip $(RUNS)))'))
+figures: setup ## draw what is stale (FIG=fig1 FORCE=1 LIST=1 PARAMS='a=1 b=2' VIDEOS=DIR RUNS='OUT1 OUT2')
+	@$(BIN)/mla-study figures $(if $(FIG),--fig $(FIG)) $(if $(GIVEN),--params $(GIVEN)) $(if $(FORCE),--force) $(if $(LIST),--list)
 
 data: setup ## measure the committed tables of results/data anew (FIG=fig1 for one figure's)
 	@$(BIN)/mla-study data $(if $(FIG),--fig $(FIG))

@@ -1,13 +1,13 @@
 """Fig. 3: the block, drawn from a config with the names and shapes of the model's own parameters.
 
 Left the block, right its latent self-attention: what goes down and up, what is rotated, what is
-cached of a token (c_kv and the unrotated k_r) and what is not. Below, scalars cached of a token
-and layer, latent and dense, to scale.
+cached of a token (c_kv and the unrotated k_r) and what is not. Below, the two forms that attention
+has over that cache, and scalars cached of a token and layer, latent and dense, to scale.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ ID = "fig3_overview"
 TITLE = "The block and its latent self-attention with real shapes: what is cached"
 PROVENANCE = ("modelled",)
 DATA = ()
-HIGH = 4.55
+HIGH = 5.5
 _WEIGHT, _TENSOR, _CACHED, _PLAIN = "white", "#E8E8E8", COLOURS["orange"], "#DCEBF5"
 _SIZE = 4.6
 
@@ -106,6 +106,7 @@ def overview(config: ModelConfig) -> Figure:
               va="center")  # fmt: skip
     _block(axis, config, shapes)
     _attention(axis, config, shapes)
+    _forms(axis, config)
     _legend(axis)
     _bars(axis, config)
     return figure
@@ -218,14 +219,50 @@ def _attention(axis: Axes, config: ModelConfig, shapes: dict[str, tuple[int, ...
     _arrow(axis, out.bottom, last.top)
 
 
+def _forms(axis: Axes, config: ModelConfig) -> None:
+    """The two forms of attention over the cache: where ``k_up`` and ``v_up`` are applied."""
+    latent = config.latent
+    assert latent is not None
+    h, dn, dv = config.heads, latent.d_nope, config.width // config.heads
+    d_c, cached = latent.d_c, f"$c_{{kv}}$ [K, {latent.d_c}]"
+    axis.text(0.04, 3.9, "Attention over K cached tokens has two forms, alike but for rounding:",
+              fontsize=5.4, va="center")  # fmt: skip
+    rows = (
+        (4.04, "absorbed", "k_up goes to the queries, v_up behind the mean; nothing is rebuilt", (
+            Box(0, 0, 0.5, 0, f"q nope\n[L, {h}, {dn}]", _TENSOR),
+            Box(0, 0, 0.54, 0, f"times k_up\n[L, {h}, {d_c}]"),
+            Box(0, 0, 0.82, 0, f"softmax over cached\n{cached}, $k_r$", _PLAIN),
+            Box(0, 0, 0.6, 0, f"mean of $c_{{kv}}$\n[L, {h}, {d_c}]", _TENSOR),
+            Box(0, 0, 0.54, 0, f"times v_up\n[L, {h}, {dv}]"),
+        )),
+        (4.44, "reconstruct", "keys and values of all cached tokens are rebuilt, as drawn above", (
+            Box(0, 0, 0.5, 0, cached.replace(" [", "\n["), _CACHED),
+            Box(0, 0, 0.54, 0, "times k_up,\ntimes v_up"),
+            Box(0, 0, 0.82, 0, f"k nope [K, {h}, {dn}],\nv [K, {h}, {dv}]", _TENSOR),
+            Box(0, 0, 0.6, 0, "softmax over\nk nope, $k_r$", _PLAIN),
+            Box(0, 0, 0.54, 0, f"mean of v\n[L, {h}, {dv}]", _TENSOR),
+        )),
+    )  # fmt: skip
+    for y, name, told, parts in rows:
+        axis.text(0.08, y, name, fontsize=5, weight="bold", va="center")
+        axis.text(0.62, y, told, fontsize=5, va="center")
+        left, gap = 0.08, 0.065
+        for number, part in enumerate(parts):
+            box = replace(part, x=left + part.wide / 2, y=y + 0.19, high=0.24)
+            if number:
+                _arrow(axis, (left - gap, box.y), (left, box.y))
+            _draw(axis, box)
+            left += part.wide + gap
+
+
 def _legend(axis: Axes) -> None:
     entries = (("parameter", _WEIGHT), ("not cached", _TENSOR), ("cached", _CACHED))
     for number, (name, colour) in enumerate(entries):
         x = 0.12 + 0.62 * number
-        _draw(axis, Box(x, 3.92, 0.12, 0.09, "", colour))
-        axis.text(x + 0.1, 3.92, name, fontsize=5, va="center")
-    _draw(axis, Box(2.02, 3.92, 0.13, 0.11, "R", COLOURS["sky"], 4.2), round_=True)
-    axis.text(2.12, 3.92, "rotation by place in the window", fontsize=5, va="center")
+        _draw(axis, Box(x, 4.88, 0.12, 0.09, "", colour))
+        axis.text(x + 0.1, 4.88, name, fontsize=5, va="center")
+    _draw(axis, Box(2.02, 4.88, 0.13, 0.11, "R", COLOURS["sky"], 4.2), round_=True)
+    axis.text(2.12, 4.88, "rotation by place in the window", fontsize=5, va="center")
 
 
 def _bars(axis: Axes, config: ModelConfig) -> None:
@@ -234,12 +271,12 @@ def _bars(axis: Axes, config: ModelConfig) -> None:
     assert latent is not None
     dense = 2 * config.width
     left, full = 0.42, 2.9
-    axis.text(0.04, 4.09, f"Scalars cached of a token and layer, to scale: {latent.cached_scalars} "
+    axis.text(0.04, 5.02, f"Scalars cached of a token and layer, to scale: {latent.cached_scalars} "
               f"against {dense} ({dense / latent.cached_scalars:.1f} times fewer)", fontsize=5.4,
               va="center")  # fmt: skip
     rows = (
-        ("latent", 4.2, ((latent.d_c, "", _CACHED), (latent.d_rope, "", COLOURS["yellow"]))),
-        ("dense", 4.34, ((config.width, f"k {config.width}", _CACHED),
+        ("latent", 5.13, ((latent.d_c, "", _CACHED), (latent.d_rope, "", COLOURS["yellow"]))),
+        ("dense", 5.27, ((config.width, f"k {config.width}", _CACHED),
                          (config.width, f"v {config.width}", _CACHED))),
     )  # fmt: skip
     for name, y, parts in rows:

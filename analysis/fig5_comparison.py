@@ -1,7 +1,8 @@
 """Fig. 5: the same prompt, a row a variant.
 
 Teacher, dense student and latent students by init, clips of the training length. Drawn from the
-study's table of frames, or from the folder of videos that the parameter ``videos`` names.
+study's table of frames, or from the folder of videos that the parameter ``videos`` names. Beside a
+row of the miniature's world stands the exact parser's verdict on the frames shown.
 """
 
 from __future__ import annotations

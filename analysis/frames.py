@@ -2,10 +2,14 @@
 
 Rows come from the study's table of frames, or from a folder of videos that the parameter
 ``videos`` names. A video is a strip of frames at even times; strips of one prompt stand together.
+Beside a strip of the miniature's world stands the exact parser's verdict, where the frames shown
+allow one (:mod:`analysis.verdicts`).
 """
 
 from __future__ import annotations
 
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.verdicts import verdict
 from mla_study.config import mini
 from mla_study.errors import UserError
 from mla_study.miniature.clips import frames_of, read_folder, video_files
-from mla_study.study.plots import PAGE_WIDTH, save_figure, stamp
+from mla_study.study.plots import COLOURS, PAGE_WIDTH, save_figure, stamp
 from mla_study.study.runs import Validity, file_sha256, read_result, run_record
 from mla_study.world.scenes import World
 
@@ -30,6 +35,10 @@ TABLE = "results/data/study_clips"
 _MARGIN, _GAP, _BETWEEN, _LINE = 0.06, 0.1, 0.03, 0.13
 _HEAD, _AXIS, _FOOT = 0.24, 0.26, 0.14
 _SMALL = 96
+_VERDICT, _LETTERS = 0.7, 17  # inches beside a strip, and letters of a line there
+_NOTE, _NOTE_LETTERS = 0.085, 185  # inches of a line below the strips, and its letters
+_NAMED = 24
+"""So many videos that cannot be decoded are named in the figure; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,14 @@ class Clips:
     Attributes:
         rows: of :func:`mla_study.miniature.clips.clips_table`.
         source: in words, for the title.
+        notes: sentences that stand below the strips.
     """
 
     rows: pd.DataFrame
     source: str
     validity: Validity
     run_hash: str
+    notes: tuple[str, ...] = ()
 
     def of(self, rows: pd.DataFrame) -> Clips:
         """The same with some of the rows."""
@@ -62,24 +73,44 @@ def inputs(videos: str) -> dict[str, Path]:
 def opened(videos: str, count: int, figure: str) -> Clips:
     """The study's table, or ``count`` frames of each video of a folder.
 
+    Videos that cannot be decoded are left out: standard error is told, and the figure says so.
+
     Raises:
-        UserError: the table or the folder is missing, or a video cannot be read.
+        UserError: the table or the folder is missing, or no video can be decoded.
     """
     if not videos:
         found = read_result(ROOT / TABLE)
         return Clips(found.table, "the miniature", found.validity, found.run_hash)
     if count < 1:
         raise UserError(f"count is {count}, but a video is drawn by at least 1 frame")
+    place = ROOT / videos
+    rows, unread = read_folder(place, count)
+    validity: Validity = "partial" if unread else "full"
     run = run_record(
         config={"figure": figure, "frames": count},
         inputs={name: file_sha256(file) for name, file in inputs(videos).items()},
         seed=None,
         modules=(f"analysis.{figure}",),
         provenance="measured",
-        validity="full",
+        validity=validity,
     )
-    place = ROOT / videos
-    return Clips(read_folder(place, count), place.resolve().name, "full", run["run_hash"])
+    notes = _left_out(unread, len(unread) + len(rows))
+    return Clips(rows, place.resolve().name, validity, run["run_hash"], notes)
+
+
+def _left_out(unread: Mapping[str, str], videos: int) -> tuple[str, ...]:
+    """Tell standard error which videos are left out and why, and give the figure's sentence."""
+    if not unread:
+        return ()
+    told = f"{len(unread)} of {videos} videos cannot be decoded and {_are(unread)} left out"
+    print("\n    ".join([f"{told}:", *unread.values()]), file=sys.stderr)
+    named = ", ".join(list(unread)[:_NAMED])
+    more = len(unread) - _NAMED
+    return (f"{told}: {named}{f' and {more} more' if more > 0 else ''}.",)
+
+
+def _are(several: Mapping[str, str]) -> str:
+    return "is" if len(several) == 1 else "are"
 
 
 def of_length(clips: Clips, times: int, stage: str = "dmd") -> Clips:
@@ -179,15 +210,23 @@ def draw_strips(
     rows = records(clips.rows)
     groups = [[r for r in rows if r["prompt"] == p] for p in dict.fromkeys(clips.rows["prompt"])]
     strips = {id(row): _strip(frames_of(row)) for row in rows}
+    verdicts = {id(row): verdict(row) for row in rows}
+    judged = any(verdicts.values())
+    notes = [*clips.notes]
+    if judged:
+        notes.insert(0, "Beside a row: the exact parser's verdict on the frames shown.")
+    lines = [line for note in notes for line in textwrap.wrap(note, _NOTE_LETTERS)]
     alike = len({(tuple(row["frames"]), row["fps"]) for row in rows}) == 1
     # inches, from the upper left corner
     columns = min(columns, len(groups))
     left = 0.05 * max(map(_letters, rows)) + 0.08 if names else 0.0
-    wide = (PAGE_WIDTH - 2 * _MARGIN - left - (columns - 1) * _GAP) / columns
+    right = _VERDICT if judged else 0.0
+    wide = (PAGE_WIDTH - 2 * _MARGIN - left - (columns - 1) * _GAP) / columns - right
     strip_high = wide * max(s.shape[0] / s.shape[1] for s in strips.values()) + _BETWEEN
     band = _LINE + strip_high * max(map(len, groups)) + _GAP
     bands = -(-len(groups) // columns)
-    high = _HEAD + bands * band + (_AXIS if alike else 0.0) + _FOOT
+    foot = _FOOT + _NOTE * len(lines) + (0.05 if lines else 0.0)
+    high = _HEAD + bands * band + (_AXIS if alike else 0.0) + foot
     figure = plt.figure(figsize=(PAGE_WIDTH, high))
     figure.set_layout_engine("none")
     figure.text(_MARGIN / PAGE_WIDTH, 1 - 0.15 / high, title, fontsize=7, weight="bold")
@@ -197,7 +236,7 @@ def draw_strips(
         return figure.add_axes((x / PAGE_WIDTH, low, wide / PAGE_WIDTH, height / high))
 
     for index, group in enumerate(groups):
-        x = _MARGIN + left + index % columns * (wide + _GAP)
+        x = _MARGIN + left + index % columns * (wide + right + _GAP)
         top = _HEAD + index // columns * band + _LINE
         at = x / PAGE_WIDTH, 1 - (top - 0.03) / high
         figure.text(*at, group[0]["prompt"], fontsize=6, style="italic")
@@ -212,8 +251,17 @@ def draw_strips(
                     -0.05 / wide, 0.5, told, transform=axis.transAxes, fontsize=6,
                     ha="right", va="center", linespacing=1.05,
                 )  # fmt: skip
+            if told := verdicts[id(row)]:
+                axis.text(
+                    1 + 0.05 / wide, 0.5, textwrap.fill(told, _LETTERS), transform=axis.transAxes,
+                    fontsize=5, va="center", linespacing=1.1,
+                    color="0.35" if told == "all correct" else COLOURS["vermillion"],
+                )  # fmt: skip
         if alike and index + columns >= len(groups):
             _times(place(x, top + strip_high * len(group), 0.01), group[0])
+    for number, line in enumerate(reversed(lines)):
+        figure.text(_MARGIN / PAGE_WIDTH, (_FOOT + number * _NOTE) / high, line, fontsize=5,
+                    color="0.25", parse_math=False)  # fmt: skip
     stamp(figure, "measured", clips.validity, clips.run_hash).set_y(0.03 / high)
     save_figure(figure, Path(out_dir) / figure_id)
     return figure

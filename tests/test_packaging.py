@@ -162,6 +162,20 @@ def test_make_help_lists_every_target_with_one_line() -> None:
     assert all(len(line.split()) > 3 and len(line) < 110 for line in lines)
 
 
+def test_make_figures_passes_its_shortcuts_on_as_parameters() -> None:
+    def passed(*given: str) -> str:
+        line = make("-n", "figures", *given).stdout.splitlines()[-1]
+        return " ".join(line.partition("mla-study figures")[2].split())
+
+    assert passed("FIG=fig5") == "--fig fig5"
+    runs = "--fig fig_vbench_radar --params runs='out1,a/out2'"
+    for spelt in ("out1 a/out2", "  out1   a/out2 ", "out1,a/out2"):
+        assert passed("FIG=fig_vbench_radar", f"RUNS={spelt}") == runs
+    every = passed("PARAMS=named=Kling count=3", "SERIES=svd:A", "VIDEOS=clips", "RUNS=o", "LIST=1")
+    told = "named=Kling count=3 series='svd:A' videos='clips' runs='o'"
+    assert every == f"--params {told} --list"
+
+
 def test_the_wheel_holds_the_package_its_style_and_its_models_only(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)

@@ -129,27 +129,38 @@ def frames_of(row: Mapping[str, Any]) -> Pixels:
         ) from None
 
 
-def read_folder(folder: Path, count: int) -> pd.DataFrame:
+def read_folder(folder: Path, count: int) -> tuple[pd.DataFrame, dict[str, str]]:
     """A user's videos as rows of :func:`clips_table`, ``count`` frames of each.
 
     Args:
         folder: its sub-folders are the variants and their files the prompts; a folder without
             sub-folders of videos is one variant. Names are the labels, ``_`` read as a space.
 
+    Returns:
+        the rows, and ``variant/file`` of each video that cannot be decoded -> why.
+
     Raises:
-        UserError: no such folder, no video in it, or one that cannot be read.
+        UserError: no such folder, no video in it, or none that can be decoded.
     """
     import pandas as pd
 
     found = video_files(folder)
     rows: list[dict[str, Any]] = []
+    unread: dict[str, str] = {}
     for label, files in found.items():
         about = {"run": label, "variant": label, "init": "none", "d_c": 0, "d_rope": 0,
                  "seed": 0, "stage": "", "clips": 0, "condition": ""}  # fmt: skip
         for file in files:
-            fps, numbers, frames = read_frames(file, count)
+            try:
+                fps, numbers, frames = read_frames(file, count)
+            except UserError as error:
+                unread[f"{label}/{file.name}"] = str(error)
+                continue
             rows.append(clip_row(about, file.stem.replace("_", " "), fps, numbers, frames))
-    return pd.DataFrame(rows)
+    if not rows:
+        first = next(iter(unread.values()))
+        raise UserError(f"of {len(unread)} videos in {folder} none can be decoded: {first}")
+    return pd.DataFrame(rows), unread
 
 
 def video_files(folder: Path) -> dict[str, list[Path]]:
@@ -192,6 +203,8 @@ def read_frames(file: Path, count: int) -> tuple[float, list[int], Pixels]:
         here = [n - first for n in numbers if first <= n < first + piece.shape[1]]
         kept += [_reduced(frame) for frame in piece[0, here].numpy()]
         first += piece.shape[1]
+    if len({frame.shape for frame in kept}) != 1:
+        raise UserError(f"{file} changes the size of its frames: give another file")
     return float(_rate(file)), numbers, np.stack(kept)
 
 

@@ -2,7 +2,8 @@
 
 Each stale notebook runs in a worker process (:mod:`mla_study.study.notebook_worker`) that writes
 into a scratch folder; what came out is moved into place when the notebook has run to its end, so
-that a failed or interrupted run changes nothing.
+that a failed or interrupted run changes nothing. What a figure no longer draws, as its data are
+gone, is removed (:mod:`mla_study.study.former`).
 
 Example::
 
@@ -27,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from mla_study.errors import EXIT_BAD_INPUT, UserError
+from mla_study.study import former, staleness
 from mla_study.study import notebook_worker as worker
-from mla_study.study import staleness
 from mla_study.study.notebooks import (
     OUT_DIR,
     Figure,
@@ -85,6 +86,7 @@ def run_figures(
         project = Project(project.root, Path(str(given.pop(OUT_DIR))).resolve())
     if list_only:
         return _list(chosen, project, given)
+    absent: list[Figure] = []
     if not figs:
         reasons = {
             figure.id: staleness.absent(figure, project, figure.values(given)) for figure in chosen
@@ -92,8 +94,13 @@ def run_figures(
         for name, reason in reasons.items():
             if reason:
                 _print(f"  {name}: skipped, as it is drawn from {reason}")
+        absent = [figure for figure in chosen if reasons[figure.id]]
         chosen = [figure for figure in chosen if not reasons[figure.id]]
     with locked(project):
+        for figure in absent:
+            file = stamp_file(project, figure)
+            for line in former.withdraw(file, project.figures, figure.values(given)):
+                _print(f"  {figure.id}: {line}")
         cache = staleness.HashCache(project.figures / STAMPS / "inputs.json")
         looked = [_look(figure, project, given, cache, force) for figure in chosen]
         cache.save()
@@ -261,11 +268,14 @@ class _Runner:
     def _place(self, job: _Job, scratch: Path, temporary: Path, executed: Path) -> list[str]:
         """Move what was drawn to its place; the stamp last, so that a cut leaves it stale."""
         stamp = stamp_file(self._project, job.figure)
+        drawn = sorted(file for file in scratch.iterdir() if file.is_file())
+        kept = {file.name for file in drawn}
+        for line in former.remove(self._project.figures, staleness.read_stamp(stamp), kept):
+            self._print(f"  {job.figure.id}: {line}")
         stamp.unlink(missing_ok=True)
         text = temporary.read_text(encoding="utf-8")
         temporary.write_text(text.replace(str(scratch), str(self._project.figures)))
         temporary.replace(executed)
-        drawn = sorted(file for file in scratch.iterdir() if file.is_file())
         outputs: dict[str, str] = {}
         for file in drawn:
             outputs[file.name] = file_sha256(file)

@@ -150,6 +150,12 @@ def write_stamp(file: Path, parts: Mapping[str, str], outputs: Mapping[str, str]
     atomic_write(file, (json.dumps(stamp, indent=1) + "\n").encode())
 
 
+def same_parameters(stamp: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether what was drawn before was drawn with these parameters."""
+    parts = stamp.get("parts")
+    return isinstance(parts, dict) and parts.get("parameters") == _hash(values)
+
+
 def _hash(value: object) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 

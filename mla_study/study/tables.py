@@ -53,6 +53,7 @@ class Column:
         quoted: its values are another paper's.
         own: its values are worked out here even in rows that are quoted.
         best: the extreme that is set in bold.
+        least: the values' resolution: what lies nearer to 0 is shown as 0.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Column:
     quoted: bool = False
     own: bool = False
     best: Literal["max", "min"] | None = None
+    least: float = 0.0
 
     @property
     def title(self) -> str:
@@ -70,11 +72,15 @@ class Column:
         return self.name if self.header is None else self.header
 
 
-def spell(value: object, spec: str = "") -> str:
+def spell(value: object, spec: str = "", least: float = 0.0) -> str:
     """A value as text: numbers by ``spec``, truth as yes and no, what is missing as a dash.
+
+    What is nearer to 0 than ``least``, or than the digits of ``spec`` show, is a 0 without a sign.
 
     >>> spell(0.82, ".1f"), spell(1234.5), spell(float("nan")), spell(True)
     ('0.8', '1234', '–', 'yes')
+    >>> spell(-3.3e-8, ".3g", 1e-7), spell(-0.004, ".2f")
+    ('0', '0.00')
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return MISSING
@@ -87,7 +93,11 @@ def spell(value: object, spec: str = "") -> str:
     if isinstance(value, numbers.Integral) and not spec:
         return str(value)
     if isinstance(value, numbers.Real):
-        text = format(float(value) if spec and spec[-1] != "d" else value, spec or ".4g")
+        number = float(value) if spec and spec[-1] != "d" else value
+        text = format(number, spec or ".4g")
+        none = text.startswith("-") and not any(sign in text for sign in "123456789in")
+        if none or abs(float(value)) < least:  # "in": -inf keeps its sign
+            text = format(abs(number * 0), spec or ".4g")
         return text.replace("-", "−") if not spec or spec[-1] not in "e" else text
     return str(value)
 
@@ -101,7 +111,10 @@ def cells(frame: pd.DataFrame, columns: Sequence[Column]) -> list[list[str]]:
     for column in columns:
         if column.name not in frame.columns:
             raise UserError(f"the table has no column '{column.name}': {', '.join(frame.columns)}")
-    told = [[spell(value, column.spec) for value in frame[column.name]] for column in columns]
+    told = [
+        [spell(value, column.spec, column.least) for value in frame[column.name]]
+        for column in columns
+    ]
     return [list(row) for row in zip(*told, strict=True)]
 
 

@@ -116,14 +116,18 @@ def _texture(
     return along / power.clamp_min(1e-9)
 
 
-def drift(backdrops: Backdrops) -> Float[Tensor, " B"]:
-    """Pixels a frame that the background moves to the left; the median over frames."""
+def drift(backdrops: Backdrops, times: Int[Tensor, " F"]) -> Float[Tensor, " B"]:
+    """Pixels a frame that the background moves to the left; the median over frames.
+
+    Args:
+        times: the number of each frame.
+    """
     if backdrops.phase.shape[1] < 2:
         return torch.zeros_like(backdrops.period)
     period = backdrops.period.clamp_min(1e-6)[:, None]
     moved = backdrops.phase.diff(dim=1)
     wrapped = (moved + period / 2).remainder(period) - period / 2
-    return torch.where(backdrops.period > 0, _middle(wrapped), 0.0)
+    return torch.where(backdrops.period > 0, _middle(wrapped / times.diff()), 0.0)
 
 
 def _middle(values: Float[Tensor, "B F"]) -> Float[Tensor, " B"]:

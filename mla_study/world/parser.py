@@ -8,6 +8,8 @@ Shapes: B clips, F frames, H = W = size pixels.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +34,8 @@ _STEADY = 1.5
 """Ways within so many steps of the median are the usual ones; half of all must be."""
 _REACH = 3.5
 """Steps that a sprite can make between two frames before it counts as a jump."""
+_TOO_FAST = 3
+"""Steps a frame from which a pace is none of the world's."""
 _ENOUGH = 1 << 20  # values that tell the range of a video
 _PIECE = 1 << 21
 """Pixels of a video that are parsed at a time."""
@@ -118,16 +122,32 @@ def as_pixels(video: Tensor | np.ndarray, signed: bool | None = None) -> Float[T
     return pixels.clamp(0, 1)
 
 
+def longest_gap(world: World) -> int:
+    """Frames from one to the next that is given, at most, for any pace of the world to be told.
+
+    Over more, what is too fast comes round the torus and looks like another pace.
+
+    >>> longest_gap(World())
+    4
+    """
+    return max(1, int(world.size / 2 / (_TOO_FAST * world.step)))
+
+
 def parse(
-    video: Tensor | np.ndarray, world: World | None = None, signed: bool | None = None
+    video: Tensor | np.ndarray,
+    world: World | None = None,
+    signed: bool | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Parsed:
     """Read clips; see :func:`as_pixels` for what a video is, and ``signed``.
 
     Args:
         world: the world that the clips claim to show; by default one of the video's size.
+        numbers: which frames of the clips these are, where some are left out: the first is 0, and
+            no gap exceeds :func:`longest_gap`. Speeds stay those a frame of the clip.
 
     Raises:
-        UserError: frames of another size than the world's.
+        UserError: frames of another size than the world's, or numbers that do not fit.
     """
     pixels = as_pixels(video, signed)
     height, width = pixels.shape[3:]
@@ -136,8 +156,9 @@ def parse(
     if world is None or (height, width) != (world.size, world.size):
         wanted = "square" if world is None else f"{world.size} x {world.size}"
         raise UserError(f"frames of {height} x {width} pixels do not fit a world that is {wanted}")
+    times = _times(world, pixels.shape[1], numbers).to(pixels.device)
     each = max(1, _PIECE // (pixels.shape[1] * height * width))
-    parts = [_parse(world, piece) for piece in pixels.split(each)]
+    parts = [_parse(world, piece, times) for piece in pixels.split(each)]
     return Parsed(
         world,
         tuple(fact for part in parts for fact in part.facts),
@@ -148,18 +169,34 @@ def parse(
     )
 
 
-def _parse(world: World, video: Float[Tensor, "B F 3 H W"]) -> Parsed:
+def _times(world: World, frames: int, numbers: Sequence[int] | None) -> Int[Tensor, " F"]:
+    """The moment of each frame."""
+    if numbers is None:
+        return torch.arange(frames)
+    held = [int(number) for number in numbers]
+    most = longest_gap(world)
+    gaps = [after - before for before, after in itertools.pairwise(held)]
+    if len(held) != frames or held[0] or not all(0 < gap <= most for gap in gaps):
+        raise UserError(
+            f"{held} do not number {frames} frames of a clip: give each its number, from 0 and at "
+            f"most {most} apart"
+        )
+    return torch.tensor(held)
+
+
+def _parse(world: World, video: Float[Tensor, "B F 3 H W"], times: Int[Tensor, " F"]) -> Parsed:
     backdrops = find_backdrops(world, video)
     behind = backdrops.pixels
     gains = colour_gains(world, video, behind)
     colour = gains.clamp_min(0).sum(1).argmax(1)
     rgb = palette().to(video.device)[colour]
     shape, maps = best_shapes(world, video, behind, rgb)
-    where = (track(maps, FINE * _REACH * world.step) / FINE).remainder(world.size)
+    gap = int(times.diff().max()) if len(times) > 1 else 1
+    where = (track(maps, FINE * _REACH * world.step * gap) / FINE).remainder(world.size)
     share, near, part = explained(world, video, behind, rgb, shape, where)
     # without a background to stand out from, anything explains a bright patch
     seen = (share > _OWN) & (near > _NEAR) & backdrops.near
-    facts = _facts(world, backdrops, colour, shape, where, seen)
+    facts = _facts(world, backdrops, colour, shape, where, seen, times)
     shown = torch.tensor([fact.has_sprite for fact in facts], device=video.device)
     mask = (part > 0.5) & shown[:, None, None, None]
     return Parsed(world, facts, where, seen, gains.argmax(2), mask)
@@ -172,8 +209,10 @@ def _facts(
     shape: Int[Tensor, " B"],
     where: Float[Tensor, "B F 2"],
     seen: Bool[Tensor, "B F"],
+    times: Int[Tensor, " F"],
 ) -> tuple[Facts, ...]:
-    speeds = drift(backdrops).tolist()
+    speeds = drift(backdrops, times).tolist()
+    moments = times.cpu()
     usual = backdrops.near.float().mean(1) > 0.5
     shown = (usual & (backdrops.texture > _TEXTURE)).tolist()
     found: list[Facts] = []
@@ -186,8 +225,8 @@ def _facts(
             found.append(Facts(None, None, None, None, None, None, told, None, speeds[clip]))
             continue
         path = where[clip].cpu()
-        velocity = velocity_of(path, visible, world)
-        row, column = cell_of(path, visible, velocity, world)
+        velocity = velocity_of(path, visible, world, moments)
+        row, column = cell_of(path, visible, velocity, world, moments)
         speed, direction = _motion(velocity, world)
         found.append(
             Facts(
@@ -206,13 +245,13 @@ def _facts(
 
 
 def velocity_of(
-    path: Float[Tensor, "F 2"], visible: Int[Tensor, " V"], world: World
+    path: Float[Tensor, "F 2"], visible: Int[Tensor, " V"], world: World, times: Int[Tensor, " F"]
 ) -> Float[Tensor, " 2"] | None:
     """(y, x) a frame: the mean of the steps near their median; None where most steps are not."""
     both = visible[:-1][visible.diff() == 1]
     if not len(both):
         return None
-    steps = apart(path[both + 1] - path[both], world.size)
+    steps = apart(path[both + 1] - path[both], world.size) / times.diff()[both][:, None]
     middle = steps.median(0).values
     usual = (steps - middle).norm(dim=1) <= _STEADY * world.step
     return steps[usual].mean(0) if 2 * int(usual.sum()) >= len(steps) else None
@@ -223,11 +262,12 @@ def cell_of(
     visible: Int[Tensor, " V"],
     velocity: Float[Tensor, " 2"] | None,
     world: World,
+    times: Int[Tensor, " F"],
 ) -> tuple[str, str]:
     """Row and column where the sprite starts, told from the first four frames that show it."""
     first = visible[:4]
     speed = torch.zeros(2) if velocity is None else velocity
-    starts = path[first] - first[:, None] * speed
+    starts = path[first] - times[first][:, None] * speed
     anchor = starts[0]
     start = anchor + apart(starts - anchor, world.size).median(0).values
     y, x = (start.remainder(world.size) / world.cell).long().clamp(0, 2).tolist()
@@ -241,6 +281,6 @@ def _motion(velocity: Float[Tensor, " 2"] | None, world: World) -> tuple[str | N
     y, x = (velocity / world.step).tolist()
     pace, askew = max(abs(y), abs(x)), min(abs(y), abs(x))
     direction = direction_of(y, x) if pace > 0.5 and askew < 0.5 * pace else None
-    if not 0.5 < pace < 3:
+    if not 0.5 < pace < _TOO_FAST:
         return None, direction
     return ("slow" if pace < 1.5 else "fast"), direction

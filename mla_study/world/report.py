@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mla_study.world.grammar import SLOTS
-from mla_study.world.parser import Parsed
-from mla_study.world.score import Scores
+from mla_study.world.grammar import SLOTS, Caption
+from mla_study.world.parser import Facts, Parsed
+from mla_study.world.score import Scores, wrong_slots
 
 
 def facts_document(parsed: Parsed) -> dict[str, Any]:
@@ -31,6 +31,14 @@ def shown_text(parsed: Parsed) -> str:
         return f"{head} show: {said}"
     known = " ".join(getattr(facts, slot) or f"(no {slot})" for slot in SLOTS)
     return f"{head} show: {known}"
+
+
+def verdict_text(facts: Facts, caption: Caption) -> str:
+    """A few words: all correct, or which of the caption's words are wrong."""
+    wrong = wrong_slots(facts, caption)
+    if not facts.has_sprite:
+        return "no sprite" + ", background wrong" * ("background" in wrong)
+    return f"{', '.join(wrong)} wrong" if wrong else "all correct"
 
 
 def score_text(scores: Scores) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mla_study.errors import UserError
 from mla_study.world.fitting import apart
 from mla_study.world.grammar import COLOURS, SLOTS, Caption, parse_caption
-from mla_study.world.parser import Parsed, parse
+from mla_study.world.parser import Facts, Parsed, parse
 from mla_study.world.render import masks
 from mla_study.world.scenes import JITTER, Scenes, World, centres, velocities
 
@@ -125,20 +125,20 @@ def score(
     return compare(parsed, wanted, truth)
 
 
+def wrong_slots(facts: Facts, caption: Caption) -> tuple[str, ...]:
+    """What a clip does not show as its caption says, in the caption's order."""
+    return tuple(slot for slot in SLOTS if getattr(facts, slot) != getattr(caption, slot))
+
+
 def compare(parsed: Parsed, captions: Sequence[Caption], truth: Scenes | None = None) -> Scores:
     """Scores of clips that were parsed before, one caption each."""
     where, seen = parsed.where.cpu(), parsed.seen.cpu()
     size, frames = parsed.world.size, where.shape[1]
     scenes = truth or Scenes(parsed.world, tuple(captions), _starts(parsed, captions))
     true = scenes.positions(frames)
+    wrong = [wrong_slots(f, c) for f, c in zip(parsed.facts, captions, strict=True)]
     correct = {
-        slot: torch.tensor(
-            [
-                getattr(f, slot) == getattr(c, slot)
-                for f, c in zip(parsed.facts, captions, strict=True)
-            ],
-            dtype=torch.bool,
-        )
+        slot: torch.tensor([slot not in slots for slots in wrong], dtype=torch.bool)
         for slot in SLOTS
     }
     phase = apart(where - true, size).norm(dim=-1).masked_fill(~seen, math.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from analysis import (
 from mla_study.checkpoints.wan.load import expected_shapes
 from mla_study.config import preset
 from mla_study.errors import UserError
+from mla_study.kernels.latent_attention import PORTABLE
 from mla_study.miniature.clips import clip_row, even
 from mla_study.study.runs import write_result
+from mla_study.world.scenes import World, sample_scenes
 
 ALL = [fig4_samples, fig5_comparison, fig6_long_horizon]
 
@@ -92,6 +95,54 @@ def test_a_folder_is_drawn_by_its_name(module: object, tmp_path: Path, seed: int
     assert len(module.INPUTS(str(tmp_path / "clips"))) == 2  # type: ignore[attr-defined]
 
 
+def test_verdicts_stand_beside_the_rows_that_they_judge(tmp_path: Path, seed: int) -> None:
+    scenes = sample_scenes(World(), 3, seed % 2**31)
+    video = truth(seed % 2**31, 3, 12)
+    for number, caption in enumerate(map(str, scenes.captions)):
+        name = f"{caption.replace(' ', '_')}.mp4"
+        write(tmp_path / "clips" / "right" / name, video[number].repeat(4, 1).repeat(4, 2), 8)
+        empty = np.full((12, 24, 24, 3), 255, np.uint8)
+        write(tmp_path / "clips" / "void" / name, empty, 8)
+    figure = fig5_comparison.draw(str(tmp_path / "out"), videos=str(tmp_path / "clips"))
+    told = [t for axis in figure.axes for t in axis.texts if t.get_position()[0] > 1]
+    wanted = ["all correct", "no sprite,\nbackground wrong"] * len(set(scenes.captions))
+    assert [text.get_text() for text in told] == wanted
+    assert "Beside a row: the exact parser's verdict on the frames shown." in texts(figure)
+    figure.canvas.draw()
+    strips = [axis.get_window_extent() for axis in figure.axes if axis.get_images()]
+    for text in told:
+        box = text.get_window_extent()
+        assert box.x1 <= figure.bbox.width and not any(box.overlaps(strip) for strip in strips)
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_videos_that_cannot_be_decoded_are_left_out_and_said(
+    module: object, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("one", "two"):
+        write(tmp_path / "clips" / label / "a.mp4", truth(seed % 2**31, 1, 9)[0], 8)
+    (tmp_path / "clips" / "two" / "$b$_c.mp4").write_bytes(b"no video")
+    figure = module.draw(str(tmp_path / "out"), videos=str(tmp_path / "clips"))  # type: ignore[attr-defined]
+    told = "1 of 3 videos cannot be decoded and is left out"
+    assert f"{told}: two/$b$_c.mp4." in texts(figure)
+    assert any("measured · partial" in text for text in texts(figure))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"{told}:" and "two/$b$_c.mp4 cannot be read" in said[1] and len(said) == 2
+    for label in ("one", "two"):
+        (tmp_path / "clips" / label / "a.mp4").write_bytes(b"no video either")
+    with pytest.raises(UserError, match=r"of 3 videos .* none can be decoded"):
+        module.draw(str(tmp_path / "out"), videos=str(tmp_path / "clips"))  # type: ignore[attr-defined]
+
+
+def test_many_videos_that_cannot_be_decoded_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "clips" / "a.mp4", truth(1, 1, 5)[0], 8)
+    for number in range(30):
+        (tmp_path / "clips" / f"broken_{number:02}.mp4").write_bytes(b"")
+    (told,) = frames.opened(str(tmp_path / "clips"), 3, "fig5_comparison").notes
+    assert told.startswith("30 of 31 videos cannot be decoded and are left out: clips/broken_00")
+    assert told.endswith("clips/broken_23.mp4 and 6 more.")
+
+
 def test_what_is_not_there_is_told(table: pd.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'svd'.*teacher, dense"):
         fig5_comparison.draw(str(tmp_path), variants="svd")
@@ -132,6 +183,30 @@ def test_no_word_of_the_overview_leaves_the_figure() -> None:
         if text.get_text():
             box = text.get_window_extent()
             assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= wide and box.y1 <= high, text
+
+
+@pytest.mark.parametrize("name", ["wan-1.3b", "mini"])
+def test_the_overview_shows_both_forms_and_nothing_overlaps(name: str) -> None:
+    from matplotlib.patches import Rectangle
+    from matplotlib.text import Text
+
+    config = preset(name, latent=True)
+    assert config.latent is not None
+    figure = fig3_overview.overview(config)
+    figure.canvas.draw()
+    words = [t for t in figure.findobj(Text) if t.get_text()]
+    held = {text.get_text(): text.get_window_extent() for text in words}
+    assert set(PORTABLE) - {"reference"} <= set(held)
+    # only absorbed queries have the latent's width, and only rebuilt keys stand for all K tokens
+    assert f"times k_up\n[L, {config.heads}, {config.latent.d_c}]" in held
+    assert any(f"k nope [K, {config.heads}, {config.latent.d_nope}]" in text for text in held)
+    for one, other in itertools.combinations(words, 2):
+        a, b = one.get_window_extent().padded(-0.5), other.get_window_extent().padded(-0.5)
+        assert not a.overlaps(b), (one, other)
+    boxes = [p.get_window_extent() for p in figure.findobj(Rectangle) if p.get_width() < 3]
+    for text, word in held.items():
+        inside = [b for b in boxes if b.contains(*word.get_points().mean(0))]
+        assert all(b.x0 <= word.x0 and word.x1 <= b.x1 for b in inside if b.width > 30), text
 
 
 def test_the_preset_has_the_papers_hyperparameters(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from analysis import (
 )
 from mla_study.errors import UserError
 from mla_study.miniature import prediction
+from mla_study.study.tables import cells
 
 Drawn = Callable[[ModuleType], Figure]
 
@@ -153,6 +154,15 @@ def test_tables_hold_what_was_measured_and_what_is_quoted(drawn: Drawn, tmp_path
     np.testing.assert_allclose(table.loc["0.1875", "all_correct"], want - 0.1, rtol=1e-6)
     assert np.isnan(table.loc["0.125", "iou"])
     assert "paper-quoted" in (tmp_path / "table5b_split.md").read_text()
+
+
+def test_a_difference_of_rounding_alone_is_told_as_none(tables: dict[str, pd.DataFrame]) -> None:
+    exact, kept = [1 / 3, 2 / 3, 0.996094], [0.3333333, 0.6666667, 0.996094]
+    first, second = (pd.DataFrame({"seed": [0, 1, 2], "value": v}) for v in (exact, kept))
+    value, low, high, _ = miniature.paired(first, second)
+    assert 0 < max(map(abs, (value, low, high))) < 1e-6
+    row = table_questions.answers(tables).head(1).assign(value=value, low=low, high=0.0097)
+    assert cells(row, table_questions.COLUMNS)[0][2:5] == ["0", "0", "0.0097"]
 
 
 def test_questions_are_answered_by_their_intervals(tables: dict[str, pd.DataFrame]) -> None:

@@ -106,7 +106,8 @@ def test_folders_of_videos_are_read_into_rows(tmp_path: Path, seed: int) -> None
     video = truth(seed % 2**31, 1, 37)[0].repeat(4, 1).repeat(4, 2)
     write(tmp_path / "ours" / "a_red_kite.mp4", video, 5)
     write(tmp_path / "theirs" / "a_red_kite.mp4", video[:3], 5)
-    table = clips.read_folder(tmp_path, 4)
+    table, unread = clips.read_folder(tmp_path, 4)
+    assert unread == {}
     assert table["run"].tolist() == ["ours", "theirs"]
     assert set(table["prompt"]) == {"a red kite"}
     assert table["fps"].tolist() == [5.0, 5.0]
@@ -116,13 +117,13 @@ def test_folders_of_videos_are_read_into_rows(tmp_path: Path, seed: int) -> None
     wrong = np.abs(found.astype(int) - video[[0, 12, 24, 36]]).mean()
     assert wrong < 8
     assert np.abs(found.astype(int) - video[[1, 13, 25, 35]]).mean() > wrong
-    flat = clips.read_folder(tmp_path / "ours", 2)
+    flat, _ = clips.read_folder(tmp_path / "ours", 2)
     assert flat["run"].tolist() == ["ours"]
 
 
 def test_large_frames_are_reduced(tmp_path: Path) -> None:
     write(tmp_path / "x.mp4", np.full((3, 270, 480, 3), 200, np.uint8), 8)
-    found = clips.frames_of(clips.read_folder(tmp_path, 2).iloc[0].to_dict())
+    found = clips.frames_of(clips.read_folder(tmp_path, 2)[0].iloc[0].to_dict())
     assert found.shape == (2, 144, 256, 3)
     assert np.abs(found.astype(int) - 200).max() < 6
 
@@ -134,8 +135,20 @@ def test_bad_folders_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no video"):
         clips.read_folder(tmp_path, 3)
     (tmp_path / "cut.mp4").write_bytes(b"no video")
-    with pytest.raises(UserError, match=r"cut\.mp4"):
+    with pytest.raises(UserError, match=r"of 1 videos .* none can be decoded: .*cut\.mp4"):
         clips.read_folder(tmp_path, 3)
+
+
+def test_what_cannot_be_decoded_is_left_out_and_named(tmp_path: Path, seed: int) -> None:
+    write(tmp_path / "ours" / "a.mp4", truth(seed % 2**31, 1, 5)[0], 8)
+    whole = (tmp_path / "ours" / "a.mp4").read_bytes()
+    (tmp_path / "ours" / "b.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a.mp4").write_bytes(b"no video")
+    table, unread = clips.read_folder(tmp_path, 3)
+    assert table[["run", "prompt"]].to_numpy().tolist() == [["ours", "a"]]
+    assert list(unread) == ["ours/b.mp4", "theirs/a.mp4"]
+    assert "cannot be read as a video" in unread["theirs/a.mp4"]
 
 
 def test_sheets_show_every_variant_and_prompt(

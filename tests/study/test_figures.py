@@ -190,6 +190,39 @@ def test_data_of_any_name(checkout: Checkout) -> None:
     assert "changed: data" in checkout.run("run_figures(list_only=True)")[1]
 
 
+def test_files_that_are_no_longer_drawn_are_removed(checkout: Checkout) -> None:
+    body = (
+        "from pathlib import Path\n"
+        "drawn = ['NAME', *('NAME_' + f.stem for f in Path('results/data/line').glob('m*'))]\n"
+        "for name in drawn:\n"
+        "    for kind in ('svg', 'csv'):\n"
+        "        (Path(out_dir) / f'{name}.{kind}').write_text(name)"
+    )
+    checkout.add("fig1_line", body=body)
+    measured = checkout.root / "results/data/line/measured.csv"
+    measured.write_text("1")
+    assert checkout.run()[0] == 0
+    mine = checkout.figures / "fig1_line_notes.txt"
+    mine.write_text("not drawn by anybody")
+    (checkout.figures / "fig1_line_measured.csv").write_text("edited by hand")
+    measured.unlink()
+    code, _, err = checkout.run()
+    assert code == 0, err
+    assert "removed fig1_line_measured.svg, which it no longer draws" in err
+    assert "no longer draws fig1_line_measured.csv" in err
+    assert set(drawn(checkout)) == {
+        "fig1_line.csv", "fig1_line.svg", "fig1_line_measured.csv", mine.name
+    }  # fmt: skip
+    assert "up to date" in checkout.run()[2]
+    # without its data nothing of it stands; asked for by name it is an error that changes nothing
+    measured.parent.rename(measured.parent.with_name("aside"))
+    assert checkout.run("run_figures(['fig1'])")[0] == 2
+    assert len(drawn(checkout)) == 4
+    code, _, err = checkout.run()
+    assert code == 0 and "fig1_line: removed fig1_line.csv, fig1_line.svg, which" in err
+    assert set(drawn(checkout)) == {"fig1_line_measured.csv", mine.name}
+
+
 def test_data_measures_and_makes_the_figure_stale(checkout: Checkout) -> None:
     measure = "\n\ndef measure(data):\n    (data / 'line' / 'table.csv').write_text('x\\n2\\n')\n"
     checkout.add("fig1_line", module=MODULE + measure)

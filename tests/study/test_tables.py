@@ -61,6 +61,24 @@ def test_values_as_text(value: object, spec: str, text: str) -> None:
     assert spell(value, spec) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "spec", "least", "text"),
+    [
+        (-3.333333e-08, ".3g", 0.0, "−3.33e−08"), (-3.333333e-08, ".3g", 1e-7, "0"),
+        (3.333333e-08, "", 1e-7, "0"), (-1.1e-7, ".1e", 1e-7, "-1.1e-07"), (-0.0, ".3g", 0.0, "0"),
+        (-0.004, ".2f", 0.0, "0.00"), (-0.006, ".2f", 0.0, "−0.01"), (-4e-4, "+.1%", 0.0, "+0.0%"),
+        (-2.0, "", 1e-7, "−2"), (float("-inf"), ".3g", 1e-7, "−inf"),
+        (-0.0097, ".3g", 1e-5, "−0.0097"), (float("nan"), ".3g", 1e-5, MISSING),
+    ],
+)  # fmt: skip
+def test_what_rounding_cannot_tell_from_nothing_is_0(
+    value: float, spec: str, least: float, text: str
+) -> None:
+    assert spell(value, spec, least) == text
+    frame = pd.DataFrame({"difference": [value]})
+    assert cells(frame, [Column("difference", spec=spec, least=least)]) == [[text]]
+
+
 def test_markdown_says_what_the_cells_say() -> None:
     assert cells(FRAME, COLUMNS)[0] == ["dense", "1.2", "6.26", "12", "yes"]
     text = markdown(FRAME, COLUMNS, "Title", ["A note."])

@@ -15,9 +15,9 @@ from mla_study.world.check import CONDITIONS, EMPTY, blurred, check_condition, d
 from mla_study.world.codec import fit_codec
 from mla_study.world.fitting import apart
 from mla_study.world.grammar import BACKGROUNDS
-from mla_study.world.parser import as_pixels, parse
+from mla_study.world.parser import as_pixels, longest_gap, parse
 from mla_study.world.render import background, masks, palette, render
-from mla_study.world.scenes import Scenes, World, sample_scenes
+from mla_study.world.scenes import Scenes, World, sample_scenes, velocities
 
 WORLD = World()
 
@@ -51,6 +51,36 @@ def test_damaged_clips_are_read_right(name: str, least: float, seed: int) -> Non
     scenes = sample_scenes(WORLD, 64, seed)
     act = damage(name, fit_codec(WORLD, clips=64, seed=seed))
     assert right(act(render(scenes), torch.Generator().manual_seed(seed)), scenes) >= least
+
+
+def test_some_frames_are_read_by_their_numbers(seed: int) -> None:
+    scenes = sample_scenes(WORLD, 96, seed)
+    numbers = [0, 2, 4, 7, 9, 11]
+    some = render(scenes)[:, :, numbers]
+    read = parse(some, numbers=numbers)
+    assert [fact.caption for fact in read.facts] == list(scenes.captions)
+    velocity = torch.tensor([fact.velocity for fact in read.facts])
+    assert (velocity - velocities(WORLD, scenes.captions)).abs().max() < 0.1
+    # taken for neighbours, the same frames show another speed
+    assert right(some, scenes) == 0
+    # all frames, numbered, are the clip
+    assert parse(render(scenes), numbers=range(12)).facts == parse(render(scenes)).facts
+
+
+@pytest.mark.parametrize(
+    "numbers", [[0, 2], [1, 2, 3], [0, 2, 2], [0, 4, 2], [0, 1, 2 + longest_gap(WORLD)]]
+)
+def test_numbers_that_are_none_are_told(numbers: list[int]) -> None:
+    with pytest.raises(UserError, match="do not number 3 frames"):
+        parse(torch.zeros(1, 3, 3, 24, 24), numbers=numbers)
+
+
+def test_over_the_longest_gap_any_pace_of_the_world_is_told() -> None:
+    last = longest_gap(WORLD)
+    scenes = sample_scenes(WORLD, 32, 1)
+    numbers = [0, last, 2 * last, 3 * last]
+    read = parse(render(scenes, 3 * last + 1)[:, :, numbers], numbers=numbers)
+    assert [fact.caption for fact in read.facts] == list(scenes.captions)
 
 
 @pytest.mark.parametrize("size", [32, 64])
