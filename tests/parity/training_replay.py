@@ -10,7 +10,7 @@ from torch import Tensor
 from mla_study.config import FlowConfig, WindowConfig
 from mla_study.kernels.masks import teacher_forcing
 from mla_study.rollout.sampler import add_noise
-from mla_study.training.flow import flow_matching_loss, loss_weights
+from mla_study.training.flow import flow_matching_loss, loss_weights, weighted_loss
 from mla_study.training.objectives.distribution_matching import (
     MixedTables,
     critic_loss,
@@ -18,10 +18,7 @@ from mla_study.training.objectives.distribution_matching import (
     gradient_window,
     kl_gradient,
 )
-from mla_study.training.objectives.teacher_forcing import (
-    teacher_forcing_flow,
-    teacher_forcing_loss,
-)
+from mla_study.training.objectives.teacher_forcing import teacher_forcing_flow
 
 
 def tf_loss(rec: Recording) -> None:
@@ -39,7 +36,8 @@ def tf_loss(rec: Recording) -> None:
     rec.same("flow", frames_first(flow))
     rec.same("weight", loss_weights(t, shift, "bell"))
     for theirs in (flow, frames_first(rec["flow"])):
-        rec.same("loss", _scalar(teacher_forcing_loss(theirs, clean, noise, t, shift), rec["loss"]))
+        made = weighted_loss(theirs, clean, noise, t, shift, "bell")
+        rec.same("loss", _scalar(made, rec["loss"]))
         if "loss_unweighted" in rec:
             plain = flow_matching_loss(theirs, clean, noise)
             rec.same("loss_unweighted", _scalar(plain, rec["loss_unweighted"]))

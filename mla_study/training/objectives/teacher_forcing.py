@@ -11,7 +11,7 @@ Example::
     t = block_timesteps(batch, frames, window.chunk, shift, generator)
     rule = teacher_forcing(frames, window.chunk, window, "relative")
     flow = teacher_forcing_flow(model, add_noise(x0, noise, t), x0, t, conditioning, rule)
-    loss = teacher_forcing_loss(flow, x0, noise, t, shift)
+    loss = weighted_loss(flow, x0, noise, t, shift, "bell")
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from mla_study.training.flow import (
     Weighting,
     add_noise,
     block_timesteps,
-    flow_matching_loss,
-    loss_weights,
     per_frame,
+    weighted_loss,
 )
 from mla_study.training.objective import Objective, Role, Roles
 from mla_study.training.objectives.flow import dropped
@@ -45,7 +44,6 @@ __all__ = [
     "rule_for",
     "teacher_forcing",
     "teacher_forcing_flow",
-    "teacher_forcing_loss",
 ]
 
 
@@ -102,26 +100,6 @@ def teacher_forcing_flow(
     return model(both, times, conditioning, rule)[:, :, frames:]
 
 
-def teacher_forcing_loss(
-    flow: Float[Tensor, "B C F height width"],
-    clean: Float[Tensor, "B C F height width"],
-    noise: Float[Tensor, "B C F height width"],
-    t: Tensor,
-    shift: float,
-    weighting: Weighting = "bell",
-) -> Float[Tensor, ""]:
-    """mean over samples and frames of w(t) |flow - (noise - clean)|^2 (flow matching).
-
-    Args:
-        flow: the noisy half's prediction, see :func:`teacher_forcing_flow`.
-        clean, noise: clean latents and the Gaussian noise that was added to them.
-        t: timesteps 0 .. 1000 of the noisy half, float32 or float64: a scalar, [B] or [B, F].
-        shift: timestep shift of the table over which the ``bell`` weights have mean 1.
-    """
-    weight = loss_weights(per_frame(t, flow.shape[0], flow.shape[2]), shift, weighting)
-    return flow_matching_loss(flow, clean, noise, weight)
-
-
 def rule_for(
     config: ModelConfig, frames: int, windowed: bool, positions: Positions | None
 ) -> Visibility:
@@ -156,7 +134,7 @@ class TeacherForcing(Objective):
         told = model.condition(dropped(batch.context, roles.null, self.drop, draws))
         rule = rule_for(config, frames, self.windowed, self.positions)
         flow = teacher_forcing_flow(model, add_noise(x0, noise, t), x0, t, told, rule)
-        return {"loss": teacher_forcing_loss(flow, x0, noise, t, shift, self.weighting)}
+        return {"loss": weighted_loss(flow, x0, noise, t, shift, self.weighting)}
 
 
 OBJECTIVE = TeacherForcing

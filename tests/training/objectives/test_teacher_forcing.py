@@ -13,12 +13,12 @@ from mla_study.errors import UserError
 from mla_study.kernels.masks import Positions
 from mla_study.model.cache import RollingCache
 from mla_study.rollout.sampler import bell_weight_at
-from mla_study.training.flow import add_noise, block_timesteps
+from mla_study.training.flow import add_noise, block_timesteps, weighted_loss
 from mla_study.training.objectives.teacher_forcing import (
+    TeacherForcing,
     clean_and_noisy,
     teacher_forcing,
     teacher_forcing_flow,
-    teacher_forcing_loss,
 )
 
 WINDOW = WindowConfig(sink=1, history=2, chunk=2)
@@ -38,12 +38,13 @@ def test_the_loss_is_the_loop_over_frames() -> None:
         for frame in range(8):
             gap = (flow - (noise - clean))[sample, :, frame]
             total += float(bell_weight_at(t[sample, frame], 5.0)) * float((gap**2).mean())
-    assert float(teacher_forcing_loss(flow, clean, noise, t, 5.0)) == pytest.approx(total / 16)
-    assert float(teacher_forcing_loss(noise - clean, clean, noise, t, 5.0)) == 0
-    plain = teacher_forcing_loss(flow, clean, noise, t, 5.0, "uniform")
+    belled = weighted_loss(flow, clean, noise, t, 5.0, TeacherForcing().weighting)
+    assert float(belled) == pytest.approx(total / 16)
+    assert float(weighted_loss(noise - clean, clean, noise, t, 5.0, "bell")) == 0
+    plain = weighted_loss(flow, clean, noise, t, 5.0, "uniform")
     assert float(plain) == pytest.approx(float(((flow - noise + clean) ** 2).mean()))
     with pytest.raises(UserError, match="float32"):
-        teacher_forcing_loss(flow, clean, noise, t.bfloat16(), 5.0)
+        weighted_loss(flow, clean, noise, t.bfloat16(), 5.0, "bell")
 
 
 @pytest.mark.parametrize("kind", ["dense", "latent"])
@@ -69,11 +70,11 @@ def test_the_windowed_pass_is_the_rollout_over_clean_history(
             step(model, clean[:, :, inside], zero, conditioning, cache, ids, positions)
     rolled = torch.cat(flows, dim=2)
     assert (mine - rolled).abs().max() < 1e-9
-    whole = teacher_forcing_loss(mine, clean, noise, t, 5.0)
+    whole = weighted_loss(mine, clean, noise, t, 5.0, "bell")
     by_chunk = [
-        teacher_forcing_loss(
+        weighted_loss(
             rolled[:, :, i : i + 2], clean[:, :, i : i + 2], noise[:, :, i : i + 2],
-            t[:, i : i + 2], 5.0,
+            t[:, i : i + 2], 5.0, "bell",
         )
         for i in range(0, 8, 2)
     ]  # fmt: skip
@@ -103,7 +104,7 @@ def test_every_weight_of_the_student_gets_a_gradient() -> None:
     flow = teacher_forcing_flow(
         model, add_noise(clean, noise, t), clean, t, model.condition(text), rule
     )
-    teacher_forcing_loss(flow, clean, noise, t, 5.0).backward()
+    weighted_loss(flow, clean, noise, t, 5.0, "bell").backward()
     for name, value in model.named_parameters():
         assert value.grad is not None and bool(value.grad.isfinite().all()), name
         assert bool(value.grad.abs().max() > 0), name

@@ -127,7 +127,7 @@ def run_long(
     for note in dict.fromkeys(note for result in found.values() for note in result.notes):
         say(note)
     frames = {
-        "table": scored, "videos": shown, "clips": table, "averages": _beside(found),
+        "table": scored, "videos": shown, "clips": table, "averages": long.side_by_side(found),
         "drift": drift_table(table, request.model, plan.random),
     }  # fmt: skip
     if frames["drift"].empty:
@@ -308,16 +308,6 @@ def averages(
         )
         for exact in (True, False)
     }
-
-
-def _beside(found: Mapping[bool, long.LongScores]) -> pd.DataFrame:
-    theirs, ours = found[True].overall, found[False].overall
-    columns = ["dimension", "value", "clips", "videos", "left_out", "extractor"]
-    both = theirs[[*columns, "in_clip_weight", "clip_to_clip_weight"]].rename(
-        columns={"dimension": "scorer", "value": "upstream"}
-    )
-    both.insert(2, "corrected", ours["value"].to_numpy())
-    return both
 
 
 def _video_rows(found: long.LongScores, clips: pd.DataFrame, seen: Sequence[Video]) -> pd.DataFrame:
