@@ -354,28 +354,3 @@ def weighted_singular_values(
     """
     products = [np.asarray(block, dtype=np.float64) @ root for block in blocks]
     return singular_values(products, row_scale, exact_tail)
-
-
-def functional_error(
-    blocks: Sequence[Float[np.ndarray, "_ d"]], covariance: Float[np.ndarray, "d d"], k: int
-) -> float:
-    """Relative RMS error of the best rank-k operator in place of W, on inputs of second moment C.
-
-    min over rank-k V of sqrt(mean |Wx - Vx|^2 / mean |Wx|^2) = sqrt(1 - E(k)), with the energy
-    curve E of W C^(1/2). NaN where W x is always 0.
-
-    Raises:
-        ValueError: k below 0, NaN or Inf.
-    """
-    if k < 0:
-        raise ValueError("a rank is not negative")
-    sigma, _ = weighted_singular_values(blocks, sqrt_psd(covariance))
-    return error_of_cut(sigma, k)
-
-
-def error_of_cut(sigma: Float64[np.ndarray, " n"], k: int) -> float:
-    """sqrt(sum_{i>k} sigma_i^2 / sum_i sigma_i^2), without the cancellation of 1 - E(k)."""
-    if not sigma.size or not sigma[0] > 0:
-        return float("nan")
-    square = np.square(sigma / sigma[0])
-    return float(np.sqrt(square[k:].sum() / square.sum()))

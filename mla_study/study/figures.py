@@ -38,7 +38,7 @@ from mla_study.study.notebooks import (
     parse_assignments,
     select,
 )
-from mla_study.study.runs import file_sha256
+from mla_study.study.runs import file_sha256, read_record
 
 EXIT_INTERRUPTED = 130
 STAMPS = ".stamps"
@@ -311,7 +311,7 @@ def _look(
 ) -> _Job:
     values = figure.values(given)
     parts = staleness.key_parts(figure, project, values, cache)
-    stamp = staleness.read_stamp(stamp_file(project, figure))
+    stamp = read_record(stamp_file(project, figure))
     reason = staleness.why_stale(stamp, parts, project.figures)
     return _Job(figure, values, parts, reason or ("forced" if force else ""))
 

@@ -40,9 +40,9 @@ from mla_study.evaluation.vbench.runs.scoring import (
     weights_mode,
     write,
 )
-from mla_study.evaluation.vbench.runs.store import Key, Scored, Scores, question
+from mla_study.evaluation.vbench.runs.store import Key, Scored, Scores
 from mla_study.evaluation.vbench.runs.videos import Problem, Video
-from mla_study.study.runs import Validity
+from mla_study.study.runs import Validity, json_sha256
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,7 +160,7 @@ def _split(
             "seconds": seconds, "exact": options.exact, "threshold": long.THRESHOLD,
             "semantic": options.semantic,
         }  # fmt: skip
-        key = Key(video.sha256, SPLIT, version_of(SPLIT, {}), question([told, video.name]))
+        key = Key(video.sha256, SPLIT, version_of(SPLIT, {}), json_sha256([told, video.name]))
         folder = request.out / CLIPS / f"{video.sha256[:16]}-{key.question[:8]}"
         job = Job(
             str(len(asked)), video.path.resolve(), video.name, video.prompt,
@@ -235,7 +235,8 @@ def _clip_to_clip(
             content = [clip.video.sha256 for clip in mine]
             told = {"fps": float(mine[0].video.rate), "exact": options.exact}
             out = mine[0].video.path.parent / f"{part}.first.mp4"
-            key = Key(question(content), FIRST_FRAMES, version_of(FIRST_FRAMES, {}), question(told))
+            version = version_of(FIRST_FRAMES, {})
+            key = Key(json_sha256(content), FIRST_FRAMES, version, json_sha256(told))
             job = Job(
                 str(number), mine[0].source.path.resolve(), f"{part}.mp4",
                 more={**told, "clips": paths, "out": str(out)},
@@ -249,7 +250,7 @@ def _clip_to_clip(
         version = version_of(scorer, hashes[dimension])
         asked = list[Question]()
         for first, made in kept(firsts, store):
-            key = Key(first.key.sha256, scorer, version, question({}))
+            key = Key(first.key.sha256, scorer, version, json_sha256({}))
             path = Path(str(made.more["path"]))
             job = Job(first.job.id, path, path.name, more={"part": Path(first.job.name).stem})
             asked.append(Question(scorer, first.video, key, job))
