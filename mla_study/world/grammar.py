@@ -38,18 +38,6 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 """Slot of a caption -> its words, in the order of the caption."""
 
-WORDS: tuple[str, ...] = (
-    *SPEEDS,
-    *COLOURS,
-    *SHAPES,
-    "moving",
-    *DIRECTIONS,
-    *ROWS,
-    *COLUMNS,
-    *BACKGROUNDS,
-)
-"""Every word that the text encoder can get."""
-
 _ALIKE = 0.5  # less than this is chance: then the slot's first word is suggested
 
 TOKENS = 8
