@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 FOLDERS = "results/data/vbench_*"
 LONG = 10.0
 """Seconds from which a video is a long one; VBench's own protocol is of about five."""
-COMPOSITES = ("quality", "semantic", "total", "total_mean", "overall_6")
 HOW = (
     "Score videos by `mla-study vbench run` with --out results/data/vbench_NAME, or name the "
     "folders of runs by the parameter runs."

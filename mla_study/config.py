@@ -94,11 +94,6 @@ class WindowConfig:
             )
 
     @property
-    def cached_frames(self) -> int:
-        """Frames that the cache holds beside the current chunk."""
-        return self.sink + self.history
-
-    @property
     def key_frames(self) -> int:
         """Frames whose keys a step of the steady state reads."""
         return self.sink + self.history + self.chunk
@@ -264,6 +259,14 @@ def preset(name: str, latent: bool = False) -> ModelConfig:
     if key not in PRESETS:
         raise UserError(f"There is no preset '{name}'; there are {', '.join(PRESETS)}.")
     return PRESETS[key](latent)
+
+
+def parse_window(text: str) -> WindowConfig:
+    """``sink,history,chunk`` in latent frames, as the command line has it; UserError for others."""
+    parts = text.replace(" ", "").split(",")
+    if len(parts) != 3 or not all(part.isdecimal() and len(part) < 7 for part in parts):
+        raise UserError(f"--window is '{text}': give sink,history,chunk in latent frames, as 1,6,3")
+    return WindowConfig(*map(int, parts))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""The one exception that means "the input is wrong", and the exit code that goes with it."""
+"""How people are told: the one exception that means "the input is wrong", and notes on stderr."""
 
 from __future__ import annotations
+
+import sys
 
 EXIT_BAD_INPUT = 2
 
@@ -11,3 +13,8 @@ class UserError(Exception):
     The command line prints the sentence without a traceback and exits with code 2
     (:data:`EXIT_BAD_INPUT`). Library code raises it for anything that the caller can mend.
     """
+
+
+def tell(sentence: str) -> None:
+    """Tell what is worth knowing beside the output, in one sentence on stderr."""
+    print(f"note: {sentence.rstrip('.')}.", file=sys.stderr, flush=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, tell
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,10 @@ class CacheError:
         """Measure and print."""
         import torch
 
+        from mla_study.config import parse_window
         from mla_study.model.reports import storage_errors, storage_table
         from mla_study.rollout.latents import read_latents
-        from mla_study.rollout.setup import ModelChoice, build_model, parse_size, parse_window
+        from mla_study.rollout.setup import ModelChoice, build_model, parse_size
 
         if not 0 <= self.timestep <= 1000:
             raise UserError(f"--timestep is {self.timestep}, but it must lie between 0 and 1000")
@@ -60,7 +60,7 @@ class CacheError:
             self.checkpoint, self.random_weights, self.preset, self.variant, self.weights,
             dtype="fp32",
         )  # fmt: skip
-        model = build_model(choice, _say)
+        model = build_model(choice, tell)
         config = model.config
         window = config.window if self.window is None else parse_window(self.window)
         frames = window.key_frames if self.frames is None else self.frames
@@ -93,9 +93,5 @@ def _whole(frames: int, chunk: int) -> int:
     if frames < chunk:
         raise UserError(f"{frames} latent frames are less than a chunk of {chunk}: give more")
     if frames % chunk:
-        _say(f"{frames} latent frames are cut to {frames - frames % chunk}: chunks have {chunk}")
+        tell(f"{frames} latent frames are cut to {frames - frames % chunk}: chunks have {chunk}")
     return frames - frames % chunk
-
-
-def _say(sentence: str) -> None:
-    print(f"note: {sentence.rstrip('.')}.", file=sys.stderr)

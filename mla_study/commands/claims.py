@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, tell
 
 if TYPE_CHECKING:
     from mla_study.study.claims import Outcome
@@ -40,7 +40,7 @@ class _Tables:
         own = None if self.alone else Project.find().root / "results"
         found = evaluate(own, self.results, only)
         for file in altered_files(found):
-            _say(f"results/{file} is not the table that its run record describes")
+            tell(f"results/{file} is not the table that its run record describes")
         return found
 
 
@@ -123,7 +123,7 @@ class ClaimsCheck(_Tables):
         if self.write:
             ledger.write(found, folder)
             print(counts(found))
-            _say(f"wrote {folder}")
+            tell(f"wrote {folder}")
             return 0
         kept = ledger.read(folder)
         changed, altered = ledger.changes(kept, found), ledger.altered_files(found)
@@ -135,7 +135,7 @@ class ClaimsCheck(_Tables):
             print("\n".join([*(one.text() for one in changed), counts(found)]))
         told = [name for name in drifted if name not in {one.id for one in changed}]
         if told:
-            _say(
+            tell(
                 f"numbers or tables of {', '.join(told)} are no longer the ledger's, their "
                 "verdicts are: `mla-study claims check --write` takes them over"
             )
@@ -164,7 +164,3 @@ def _print_json(what: object) -> None:
     import json
 
     print(json.dumps(what, indent=1, allow_nan=False))
-
-
-def _say(sentence: str) -> None:
-    print(f"note: {sentence}.", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, tell
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +112,7 @@ class Generate:
         """Generate, and return the exit code."""
         import torch
 
+        from mla_study.config import parse_window
         from mla_study.rollout.accelerate import Acceleration, accelerate
         from mla_study.rollout.record import record
         from mla_study.rollout.setup import (
@@ -121,7 +121,6 @@ class Generate:
             choose_encoder,
             parse_size,
             parse_switches,
-            parse_window,
         )
         from mla_study.rollout.sinks import check_place, kind_of
         from mla_study.rollout.stream import Rollout, RolloutConfig
@@ -151,11 +150,11 @@ class Generate:
         if world:
             prompts = default_prompts(self.seed, self.prompts)
             if not self.prompts:
-                _say(f"no prompt was given: this is '{prompts[0]}'")
+                tell(f"no prompt was given: this is '{prompts[0]}'")
         if world and self.embeddings is None:
             encode = CaptionEncoder.of(model.config)
         else:
-            encode = choose_encoder(model.config, choice, self.wan, self.embeddings, _say)
+            encode = choose_encoder(model.config, choice, self.wan, self.embeddings, tell)
         video = self.fps if self.fps is not None else model.config.fps
         if not 0 < video <= 1000:
             raise UserError(f"--fps is {video}, but it must lie between 0 and 1000")
@@ -181,7 +180,7 @@ class Generate:
             fps = Fraction(video).limit_denominator(1001)
             facts["upscale"] = decoder.scale
         else:
-            decoder, fps = choose_decoder(model.config, size, choice, self.wan, video, pixels, _say)
+            decoder, fps = choose_decoder(model.config, size, choice, self.wan, video, pixels, tell)
         chunks = self._chunks(rollout.window.chunk, video, model.config.codec_stride[0])
         made = record(
             rollout,
@@ -192,12 +191,12 @@ class Generate:
             resume=self.resume,
             save_every=self.save_every,
             facts={"decoder": type(decoder).__name__, **facts},
-            say=_say,
+            say=tell,
         )
         length = f"{made.chunks} chunks, {made.frames} frames ({float(made.frames / fps):.3g} s)"
         print(f"{', '.join(map(str, made.paths))}: {length}")
         if made.interrupted:
-            _say(f"interrupted after {made.chunks} chunks: the same command with --resume goes on")
+            tell(f"interrupted after {made.chunks} chunks: the same command with --resume goes on")
             return _EXIT_INTERRUPTED
         return 0
 
@@ -232,7 +231,7 @@ class Generate:
         from mla_study.world.shipped import is_world, load_shipped
 
         if self.checkpoint is not None or self.random_weights:
-            model = build_model(choice, _say)
+            model = build_model(choice, tell)
             # kept in 16 bits for their size, and no faster in them on a CPU
             return model.float() if is_world(model.config) and self.dtype is None else model
         if self.preset not in (None, "mini") or self.wan is not None:
@@ -289,9 +288,5 @@ class Generate:
             frames = latent_frames(self.seconds, fps, stride)
         chunks = whole_chunks(frames, chunk)
         if chunks * chunk != frames:
-            _say(f"{frames} latent frames are rounded up to {chunks * chunk}: chunks have {chunk}")
+            tell(f"{frames} latent frames are rounded up to {chunks * chunk}: chunks have {chunk}")
         return chunks
-
-
-def _say(sentence: str) -> None:
-    print(f"note: {sentence.rstrip('.')}.", file=sys.stderr)

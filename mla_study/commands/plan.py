@@ -6,10 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from mla_study.errors import UserError
-
 if TYPE_CHECKING:
-    from mla_study.config import WindowConfig
     from mla_study.evaluation.efficiency.plan import Plan as Made
 
 
@@ -50,7 +47,7 @@ class Plan:
 
     def run(self) -> int:
         """Plan and print."""
-        from mla_study.config import preset
+        from mla_study.config import parse_window, preset
         from mla_study.evaluation.efficiency.devices import device
         from mla_study.evaluation.efficiency.memory import with_latent_dim
         from mla_study.evaluation.efficiency.plan import plan
@@ -70,16 +67,6 @@ class Plan:
         )
         print(json.dumps(made.plain(), indent=1) if self.json else _text(made, self))
         return 0
-
-
-def parse_window(text: str) -> WindowConfig:
-    """``sink,history,chunk`` as a WindowConfig; raises UserError for anything else."""
-    from mla_study.config import WindowConfig
-
-    parts = text.replace(" ", "").split(",")
-    if len(parts) != 3 or not all(part.isdecimal() and len(part) < 7 for part in parts):
-        raise UserError(f"--window is '{text}': give sink,history,chunk, such as 1,6,3")
-    return WindowConfig(*map(int, parts))
 
 
 def _text(made: Made, given: Plan) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, tell
 
 _EXIT_INTERRUPTED = 130
 
@@ -71,9 +70,9 @@ class Study:
             return 0
         try:
             if not self.tables_only:
-                store.run(plan, _say)
+                store.run(plan, tell)
         except KeyboardInterrupt:
-            _say("interrupted: the same command goes on")
+            tell("interrupted: the same command goes on")
             return _EXIT_INTERRUPTED
         out = self.out or self.store / f"tables-{self.which}"
         folders = write_tables(plan, store, out, self.which)
@@ -87,7 +86,3 @@ class Study:
         if self.ship:
             ship(plan, store)
         return 0
-
-
-def _say(sentence: str) -> None:
-    print(f"note: {sentence.rstrip('.')}.", file=sys.stderr)

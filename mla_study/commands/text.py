@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, tell
 
 _SAVED_EVERY = 64
 
@@ -75,7 +75,7 @@ class TextEncode:
                 names += group
                 save_embeddings(self.out, names, rows, facts)
         for note in encoder.notes:
-            print(f"note: {note}.", file=sys.stderr)
+            tell(note)
         print(f"{self.out}: {len(waiting)} prompts encoded, {len(names)} in the file")
         return 0
 

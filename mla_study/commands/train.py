@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, tell
 
 if TYPE_CHECKING:
     from mla_study.model.transformer import WanTransformer
@@ -99,7 +98,7 @@ class Train:
             teacher = self._model("teacher", self.teacher, inputs)
             data = open_data(
                 self.data, start.config, stage.seed, frames=stage.frames, wan=self.wan,
-                device=self.device, say=_say if here.first else _silent,
+                device=self.device, say=tell if here.first else _silent,
             )  # fmt: skip
             trainer = Trainer(Run(stage, self.out, start, data, teacher, inputs=inputs), here)
             try:
@@ -108,7 +107,7 @@ class Train:
                 if here.first:
                     latest = trainer.checkpoints.latest()
                     kept = "there is no checkpoint yet" if latest is None else f"{latest} stays"
-                    _say(f"interrupted after step {trainer.step}; {kept}; the same command goes on")
+                    tell(f"interrupted after step {trainer.step}; {kept}; the same command goes on")
                 return _EXIT_INTERRUPTED
             if here.first:
                 print(path)
@@ -160,7 +159,3 @@ def _digest(model: WanTransformer) -> str:
 
 def _silent(sentence: str) -> None:
     """What ranks after the first say."""
-
-
-def _say(sentence: str) -> None:
-    print(f"note: {sentence.rstrip('.')}.", file=sys.stderr)

@@ -12,7 +12,7 @@ import tyro
 
 from mla_study.commands.vbench_sample import Sample
 from mla_study.commands.vbench_weights import Doctor, FetchWeights
-from mla_study.errors import UserError
+from mla_study.errors import UserError, tell
 
 _EXIT_INTERRUPTED, _EXIT_UNFINISHED = 130, 2
 
@@ -121,9 +121,9 @@ class Run:
             long,
         )  # fmt: skip
         try:
-            done = run(request, _say)
+            done = run(request, tell)
         except KeyboardInterrupt:
-            _say("interrupted: the same command goes on")
+            tell("interrupted: the same command goes on")
             return _EXIT_INTERRUPTED
         if self.json:
             print(done.table.to_json(orient="records", indent=1))
@@ -160,7 +160,7 @@ class Compare:
         if self.json:
             print(comparison.table.to_json(orient="records", indent=1))
             for sentence in comparison.unlike:
-                _say(f"unlike protocols: {sentence}")
+                tell(f"unlike protocols: {sentence}")
         else:
             print(text(comparison))
         return 0
@@ -217,7 +217,3 @@ def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, 
         cards = [f"cuda:{i}" for i in range(gpus)]
     count = workers or len(cards)
     return tuple(cards[i % len(cards)] for i in range(count)), max(1, cores // count)
-
-
-def _say(sentence: str) -> None:
-    print(f"note: {sentence.rstrip('.')}.", file=sys.stderr)

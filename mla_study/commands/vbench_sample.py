@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, tell
 
 _EXIT_INTERRUPTED = 130
 
@@ -106,17 +105,13 @@ class Sample:
             self.storage, self.clean_pass, self.dtype, self.device, self.threads, self.upscale,
         )  # fmt: skip
         if prompts.extended_sha256 is not None:
-            _say(f"longer prompts: {prompts.extended_by}")
+            tell(f"longer prompts: {prompts.extended_by}")
         try:
-            done = sample(prompts, wanted, recipe, self.out, base=self.seed, shard=shard, say=_say)
+            done = sample(prompts, wanted, recipe, self.out, base=self.seed, shard=shard, say=tell)
         except KeyboardInterrupt:
-            _say("interrupted: the same command goes on")
+            tell("interrupted: the same command goes on")
             return _EXIT_INTERRUPTED
         print(
             f"{done.folder}: {done.there} videos, {done.made} of them new; {done.records / TABLE}"
         )
         return 0
-
-
-def _say(sentence: str) -> None:
-    print(f"note: {sentence.rstrip('.')}.", file=sys.stderr, flush=True)

@@ -51,7 +51,6 @@ class Spread:
 class Times:
     """Seconds of every variant, a number a turn; ``errors`` names variants that could not run."""
 
-    clock: Clock
     seconds: Mapping[str, tuple[float, ...]]
     errors: Mapping[str, str]
 
@@ -122,7 +121,7 @@ def interleaved(
                     seconds[again].append(spent)
         on_turn(turn + warm_up + 1)
     kept = {n: tuple(s) for n, s in seconds.items() if n.removesuffix(AGAIN) not in errors}
-    return Times(clock, kept, errors)
+    return Times(kept, errors)
 
 
 def timed(call: Callable[[], object], clock: Clock) -> float:

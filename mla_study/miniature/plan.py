@@ -8,7 +8,6 @@ an interruption; a changed setting makes what follows from it anew, and nothing 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +17,7 @@ from mla_study.config import LatentConfig, WindowConfig, mini
 from mla_study.errors import UserError
 from mla_study.miniature.judge import Trial
 from mla_study.model.latent_init import default_pairs
-from mla_study.study.runs import canonical_json
+from mla_study.study.runs import json_sha256
 from mla_study.training.recipe import Stage, stages
 
 Kind = Literal["teacher", "untrained", "convert", "train", "judge"]
@@ -81,7 +80,7 @@ class Plan:
                 "settings": node.settings,
                 "needs": {role: made[name] for role, name in node.needs.items()},
             }
-            made[node.name] = hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+            made[node.name] = json_sha256(parts)
         return made
 
     def folder(self, name: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mla_study.checkpoints.formats.container import Container
+from mla_study.checkpoints.formats.container import Container, shown
 from mla_study.checkpoints.formats.opening import open_container
 from mla_study.config import ModelConfig
 from mla_study.errors import UserError
@@ -34,11 +34,6 @@ def padded(rows: Sequence[Tensor], text_len: int = TEXT_LEN) -> Float[Tensor, "B
     for index, row in enumerate(rows):
         batch[index, : len(row)] = row
     return batch
-
-
-def short(prompt: str, limit: int = 60) -> str:
-    """A prompt fit for one line of a message: quoted and cut."""
-    return repr(prompt if len(prompt) <= limit else prompt[: limit - 3] + "...")
 
 
 def _key(prompt: str) -> str:
@@ -138,15 +133,15 @@ class Embeddings:
         key = _key(prompt)
         if key not in self._file.tensors:
             near = difflib.get_close_matches(prompt, self.prompts, 3, 0.5)
-            hint = f"; near it are {', '.join(map(short, near))}" if near else ""
+            hint = f"; near it are {', '.join(shown(name, 60) for name in near)}" if near else ""
             raise UserError(
-                f"{self.path} has no embedding of the prompt {short(prompt)}{hint}: add it by "
+                f"{self.path} has no embedding of the prompt {shown(prompt, 60)}{hint}: add it by "
                 f"mla-study text encode --prompt ... --out {self.path}"
             )
         if self._file.raw_sha256(key) != self._sums.get(key):
             raise UserError(
-                f"{self.path}: the embedding of {short(prompt)} is damaged (its SHA-256 differs "
-                "from the recorded one): make the file anew by mla-study text encode"
+                f"{self.path}: the embedding of {shown(prompt, 60)} is damaged (its SHA-256 "
+                "differs from the recorded one): make the file anew by mla-study text encode"
             )
         return torch.from_numpy(np.array(self._file.read(key)))
 

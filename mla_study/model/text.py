@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mla_study.checkpoints.formats.container import TensorInfo
+from mla_study.checkpoints.formats.container import TensorInfo, shown
 from mla_study.errors import UserError
-from mla_study.model.embeddings import TEXT_LEN, padded, short
+from mla_study.model.embeddings import TEXT_LEN, padded
 from mla_study.model.wan_folder import (
     TEXT_ENCODER,
     TOKENIZER,
@@ -99,11 +99,6 @@ class TextEncoder:
         tokenizer.no_padding()
         tokenizer.no_truncation()
 
-    @property
-    def width(self) -> int:
-        """Channels of an embedding, d."""
-        return self.model.config.d_model
-
     def encode_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "B L d"]:
         """Embeddings of all prompts, zero beyond each prompt's own tokens; the model's dtype."""
         return padded(self.rows(prompts), self.text_len)
@@ -150,7 +145,7 @@ class TextEncoder:
         ids: list[int] = self.tokenizer.encode(clean_prompt(prompt)).ids
         if len(ids) > self.text_len:
             self._note(
-                f"the prompt {short(prompt)} has {len(ids)} tokens: only the first "
+                f"the prompt {shown(prompt, 60)} has {len(ids)} tokens: only the first "
                 f"{self.text_len} are used"
             )
             # The end token stays the last one, as tokenizers cut.

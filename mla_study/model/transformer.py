@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -362,8 +362,3 @@ def meta_model(config: ModelConfig) -> WanTransformer:
     """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return WanTransformer(config)
-
-
-def dense_twin(config: ModelConfig) -> ModelConfig:
-    """The same model with dense self-attention."""
-    return replace(config, latent=None)

@@ -1,4 +1,4 @@
-"""Second moments of a model's activations, and spectra of weights under them.
+"""Second moments of a model's activations: what hooks collect, and the file that carries them.
 
 d channels of an input, T tokens, W [m, d] an operator on that input, C = E[x x^T] [d, d] uncentred.
 On inputs of second moment C the best rank-k stand-in for W is a cut of the spectrum of W C^(1/2).
@@ -10,17 +10,15 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.linalg
-from jaxtyping import Float, Float64
 
 from mla_study.checkpoints.formats.safetensors_file import SafetensorsFile
 from mla_study.errors import UserError
-from mla_study.probes.spectrum import Method, singular_values
 
 if TYPE_CHECKING:
     import torch
@@ -328,54 +326,3 @@ def _token_counts(metadata: Mapping[str, Any], names: Collection[str]) -> dict[s
         return {name: int(counts[name]) for name in names if name in counts}
     except (ValueError, TypeError):
         return {}
-
-
-def sqrt_psd(covariance: Float[np.ndarray, "d d"]) -> Float64[np.ndarray, "d d"]:
-    """The symmetric C^(1/2); eigenvalues below 0 count as 0.
-
-    Raises:
-        ValueError: NaN or Inf.
-    """
-    if not np.isfinite(covariance).all():
-        raise ValueError("a covariance with NaN or Inf has no square root")
-    values, vectors = scipy.linalg.eigh(np.asarray(covariance, dtype=np.float64))
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-
-
-def weighted_singular_values(
-    blocks: Sequence[Float[np.ndarray, "_ d"]],
-    root: Float64[np.ndarray, "d d"],
-    row_scale: Float[np.ndarray, " m"] | None = None,
-    exact_tail: bool = False,
-) -> tuple[Float64[np.ndarray, " k"], Method]:
-    """Singular values of W C^(1/2), W [m, d] the row stack of the blocks and root = C^(1/2).
-
-    Returns and raises as :func:`~mla_study.probes.spectrum.singular_values` does.
-    """
-    products = [np.asarray(block, dtype=np.float64) @ root for block in blocks]
-    return singular_values(products, row_scale, exact_tail)
-
-
-def functional_error(
-    blocks: Sequence[Float[np.ndarray, "_ d"]], covariance: Float[np.ndarray, "d d"], k: int
-) -> float:
-    """Relative RMS error of the best rank-k operator in place of W, on inputs of second moment C.
-
-    min over rank-k V of sqrt(mean |Wx - Vx|^2 / mean |Wx|^2) = sqrt(1 - E(k)), with the energy
-    curve E of W C^(1/2). NaN where W x is always 0.
-
-    Raises:
-        ValueError: k below 0, NaN or Inf.
-    """
-    if k < 0:
-        raise ValueError("a rank is not negative")
-    sigma, _ = weighted_singular_values(blocks, sqrt_psd(covariance))
-    return error_of_cut(sigma, k)
-
-
-def error_of_cut(sigma: Float64[np.ndarray, " n"], k: int) -> float:
-    """sqrt(sum_{i>k} sigma_i^2 / sum_i sigma_i^2), without the cancellation of 1 - E(k)."""
-    if not sigma.size or not sigma[0] > 0:
-        return float("nan")
-    square = np.square(sigma / sigma[0])
-    return float(np.sqrt(square[k:].sum() / square.sum()))

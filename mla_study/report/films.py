@@ -13,11 +13,8 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
-
-from mla_study.errors import UserError
 
 PROMPTS = (
     "fast red square moving right middle center on stripes",
@@ -33,7 +30,7 @@ VARIANTS = {
 FRAMES = 81
 SEED = 0
 SCALE = 10
-_KEY_EVERY = 8
+_KEY_EVERY = 8  # a slider lands on any frame
 # The macroblock tree reads memory that nothing has written: without it bytes follow from pixels.
 _X264 = {"preset": "medium", "crf": "23", "bf": "0", "threads": "1", "x264-params": "mbtree=0"}
 _MUXER = {"fflags": "+bitexact"}
@@ -137,28 +134,11 @@ def encode(frames: np.ndarray, fps: float) -> bytes:
     Raises:
         UserError: PyAV is not installed or lacks H.264.
     """
-    try:
-        import av
-    except ImportError:
-        raise UserError(
-            "the report's videos need the package av: pip install 'mla-study[report]'"
-        ) from None
+    from mla_study.rollout.fragments import mp4_bytes
+
+    lacking = "the report's videos need the package av: pip install 'mla-study[report]'"
     rate = Fraction(fps).limit_denominator(1001)
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options=_MUXER) as container:
-        try:
-            stream: Any = container.add_stream("libx264", rate=rate, options=_X264)
-        except ValueError as error:
-            raise UserError(f"this build of PyAV has no H.264 encoder ({error})") from None
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.gop_size = _KEY_EVERY  # a slider lands on any frame
-        for index, pixels in enumerate(frames):
-            frame: Any = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame.pts, frame.time_base = index, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
+    return mp4_bytes(frames, rate, _X264, _MUXER, _KEY_EVERY, lacking)
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_study.errors import UserError
 from mla_study.study.observe import hardware_of
-from mla_study.study.runs import RUN_FILE, file_sha256
+from mla_study.study.runs import RUN_FILE, file_sha256, read_record
 from mla_study.study.tables import spell
 
 if TYPE_CHECKING:
@@ -57,15 +56,6 @@ class Folder:
     hardware: str
     notes: tuple[str, ...]
     tables: tuple[Preview, ...]
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """A run record; empty where it cannot be read."""
-    try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return run if isinstance(run, dict) else {}
 
 
 def find(root: Path) -> list[Path]:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mla_study.report.drawing import draw
-from mla_study.report.folders import read_record
 from mla_study.study import staleness
 from mla_study.study.figures import STAMPS, locked, stamp_file
 from mla_study.study.notebooks import Figure, Project, discover
 from mla_study.study.observe import hardware_of
-from mla_study.study.runs import RUN_FILE, file_sha256
+from mla_study.study.runs import RUN_FILE, file_sha256, read_record
 
 DRAWN = Path("results") / "report" / "drawn"
 _SMALL = re.compile(r"<dc:description>([^<]*)</dc:description>")
@@ -130,7 +129,7 @@ class Drawing:
         self._pictures.append(picture)
         parts = staleness.key_parts(figure, self._project, values, cache)
         for place in (self._own, self._project):
-            stamp = staleness.read_stamp(stamp_file(place, figure))
+            stamp = read_record(stamp_file(place, figure))
             if not staleness.why_stale(stamp, parts, place.figures):
                 self._there[figure.id] = place.figures
                 return
@@ -152,7 +151,7 @@ class Drawing:
                 return replace(picture, absent=f"It could not be drawn: {error}", failed=True)
             self._place(self._figures[picture.id], scratch)
         folder = self._there[picture.id]
-        stamp = staleness.read_stamp(folder / STAMPS / f"{picture.id}.json")
+        stamp = read_record(folder / STAMPS / f"{picture.id}.json")
         return replace(picture, parts=_parts(picture.id, folder, stamp["outputs"]))
 
     def _place(self, figure: Figure, scratch: Path) -> None:

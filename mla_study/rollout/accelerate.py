@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -31,11 +32,16 @@ from mla_study.model.fp8 import require_fp8, to_fp8
 from mla_study.model.rope import Rotation
 from mla_study.model.transformer import Block, Conditioning, WanTransformer
 
-Predict = Callable[
-    [Tensor, Tensor, Conditioning, Sequence[Piece], Sequence[LayerMemory]],
-    Tensor,
-]
-"""(latents, timesteps, conditioning, pieces, memory) -> flow: one pass of the model."""
+
+@runtime_checkable
+class Predict(Protocol):
+    """One pass, as the model itself makes it: its flow."""
+
+    def __call__(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, *, pieces: Sequence[Piece],
+        memory: Sequence[LayerMemory],
+    ) -> Tensor: ...  # fmt: skip
+
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """Records the work of a call: gives what replays it, and the tensor that a replay fills."""
@@ -78,41 +84,26 @@ def accelerate(model: WanTransformer, how: Acceleration, capture: Capture | None
     if how.fp8:
         require_fp8(device)
         to_fp8(model)
-
-    def eager(
-        x: Tensor,
-        t: Tensor,
-        conditioning: Conditioning,
-        pieces: Sequence[Piece],
-        memory: Sequence[LayerMemory],
-    ) -> Tensor:
-        return model(x, t, conditioning, pieces=pieces, memory=memory)
-
     if (how.graph or how.compile) and any(a.keep_expanded for a in latent_attentions(model)):
         raise UserError(
             "a recorded or compiled pass cannot hold expanded keys from pass to pass: turn "
             "keep_expanded off, or leave out --graph and --compile"
         )
-    steady: Predict = compiled(model, how.backend) if how.compile else eager
+    steady: Predict = compiled(model, how.backend) if how.compile else model
     if how.graph:
         steady = Graphs(steady, capture or CudaCapture())
-    if steady is eager:
-        return eager
+    if steady is model:
+        return model
 
     def predict(
-        x: Tensor,
-        t: Tensor,
-        conditioning: Conditioning,
-        pieces: Sequence[Piece],
+        x: Tensor, t: Tensor, conditioning: Conditioning, *, pieces: Sequence[Piece],
         memory: Sequence[LayerMemory],
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         if full(memory):
-            return steady(x, t, conditioning, pieces, memory)
-        if not how.compile:
-            return eager(x, t, conditioning, pieces, memory)
+            return steady(x, t, conditioning, pieces=pieces, memory=memory)
         # a window that still grows would compile anew for each of its sizes
-        with torch.compiler.set_stance("force_eager"):
-            return eager(x, t, conditioning, pieces, memory)
+        with torch.compiler.set_stance("force_eager") if how.compile else nullcontext():
+            return model(x, t, conditioning, pieces=pieces, memory=memory)
 
     return predict
 
@@ -179,12 +170,9 @@ def compiled(model: WanTransformer, backend: str = "inductor") -> Predict:
     held: dict[int, tuple[Sequence[LayerMemory], list[Any]]] = {}
 
     def predict(
-        x: Tensor,
-        t: Tensor,
-        conditioning: Conditioning,
-        pieces: Sequence[Piece],
+        x: Tensor, t: Tensor, conditioning: Conditioning, *, pieces: Sequence[Piece],
         memory: Sequence[LayerMemory],
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         if id(memory) not in held:
             _settle(model, x.shape[0], pieces)
             held.clear()
@@ -296,6 +284,7 @@ class Graphs:
         x: Float[Tensor, "B C f height width"],
         t: Tensor,
         conditioning: Conditioning,
+        *,
         pieces: Sequence[Piece],
         memory: Sequence[LayerMemory],
     ) -> Tensor:
@@ -314,7 +303,9 @@ class Graphs:
         place = (tuple((a.start, a.stop) for a, _ in view.runs), len(view.cache.frames))
         if place not in self._places:
             self._places[place] = self._capture(
-                lambda: self._predict(fixed.x, fixed.t, fixed.conditioning, fixed.pieces, memory)
+                lambda: self._predict(
+                    fixed.x, fixed.t, fixed.conditioning, pieces=fixed.pieces, memory=memory
+                )
             )
         replay, out = self._places[place]
         replay()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from mla_study.errors import UserError
 
-_OPTIONS = {"preset": "veryfast", "crf": "17", "bf": "0"}
+_OPTIONS = {"preset": "veryfast", "crf": "17", "bf": "0", "sc_threshold": "0"}
 _MUXER = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 
 
@@ -35,32 +35,50 @@ def encode(frames: np.ndarray, fps: Fraction, first: int, sequence: int) -> tupl
     Raises:
         UserError: PyAV is not installed or lacks H.264.
     """
+    frames = np.pad(frames, [(0, 0), *((0, s % 2) for s in frames.shape[1:3]), (0, 0)], "edge")
+    lacking = (
+        "writing MP4 needs the package av (pip install av); or write .png frames, .webp, .gif "
+        "or .safetensors latents"
+    )
+    # one key frame a fragment: a scene cut must not start another
+    data = mp4_bytes(frames, fps, _OPTIONS, _MUXER, len(frames) + 1, lacking)
+    return _split(data, fps, first, sequence)
+
+
+def mp4_bytes(
+    frames: np.ndarray, fps: Fraction, codec: Mapping[str, str], muxer: Mapping[str, str],
+    key_every: int, lacking: str,
+) -> bytes:  # fmt: skip
+    """An MP4 of uint8 frames [n, height, width, 3] of even sizes, in H.264.
+
+    Args:
+        codec, muxer: options of x264 and of the MP4 muxer.
+        key_every: frames from one key frame to the next, at the most.
+        lacking: what to say where PyAV is not installed.
+
+    Raises:
+        UserError: PyAV is not installed or lacks H.264.
+    """
     try:
         import av
     except ImportError:
-        raise UserError(
-            "writing MP4 needs the package av (pip install av); or write .png frames, .webp, .gif "
-            "or .safetensors latents"
-        ) from None
-    frames = np.pad(frames, [(0, 0), *((0, s % 2) for s in frames.shape[1:3]), (0, 0)], "edge")
+        raise UserError(lacking) from None
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options=_MUXER) as container:
+    with av.open(buffer, "w", format="mp4", options=dict(muxer)) as container:
         try:
-            stream: Any = container.add_stream("libx264", rate=fps, options=_OPTIONS)
+            stream: Any = container.add_stream("libx264", rate=fps, options=dict(codec))
         except ValueError as error:
             raise UserError(f"this build of PyAV has no H.264 encoder ({error})") from None
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = 1 / fps
-        # one key frame a fragment: a scene cut must not start another
-        stream.codec_context.gop_size = len(frames) + 1
-        stream.codec_context.options = {**_OPTIONS, "sc_threshold": "0"}
+        stream.codec_context.gop_size = key_every
         for index, pixels in enumerate(frames):
             frame: Any = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame.pts, frame.time_base = index, 1 / fps
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    return _split(buffer.getvalue(), fps, first, sequence)
+    return buffer.getvalue()
 
 
 def _split(data: bytes, fps: Fraction, first: int, sequence: int) -> tuple[bytes, bytes]:

@@ -17,15 +17,13 @@ from mla_study.rollout.stream import Rollout
 
 @dataclass(frozen=True)
 class Steadiness:
-    """Of ``chunks`` chunks after ``warm_up``: medians and means of the first and last ``span``."""
+    """Of ``chunks`` chunks after ``warm_up``: medians of the first and last ``span``."""
 
     chunks: int
     warm_up: int
     span: int
     first_seconds: float
     last_seconds: float
-    first_mean: float
-    last_mean: float
     rss_growth: int
     cache_bytes: int
 
@@ -33,11 +31,6 @@ class Steadiness:
     def ratio(self) -> float:
         """Median seconds a chunk at the end over those at the start."""
         return self.last_seconds / self.first_seconds
-
-    @property
-    def mean_ratio(self) -> float:
-        """The same of means, which feel other processes."""
-        return self.last_mean / self.first_mean
 
 
 def steadiness(
@@ -84,8 +77,6 @@ def steadiness(
         span,
         float(np.median(first)),
         float(np.median(last)),
-        float(first.mean()),
-        float(last.mean()),
         growth,
         rollout.cache.nbytes,
     )

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mla_study.config import ModelConfig, WindowConfig, preset
+from mla_study.config import ModelConfig, preset
 from mla_study.errors import UserError
 from mla_study.model.storage import DTYPES
 from mla_study.model.transformer import WanTransformer
@@ -153,17 +153,6 @@ def choose_decoder(
     preview = PreviewDecoder(config, size)
     say(preview.note)
     return preview, video / stride
-
-
-def parse_window(text: str) -> WindowConfig:
-    """``sink,history,chunk`` in latent frames."""
-    try:
-        sink, history, chunk = (int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(
-            f"--window {text}: give sink,history,chunk in latent frames, such as 1,6,3"
-        ) from None
-    return WindowConfig(sink, history, chunk)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -237,7 +237,9 @@ class Rollout:
     def _pass(
         self, x: Tensor, t: float, pieces: Sequence[Piece]
     ) -> Float[Tensor, "B C f height width"]:
-        return self.predict(x, self._filled(x, t), self.conditioning, pieces, self.memory)
+        return self.predict(
+            x, self._filled(x, t), self.conditioning, pieces=pieces, memory=self.memory
+        )
 
     def _filled(self, x: Tensor, t: float) -> Tensor:
         return torch.full((x.shape[0],), t, dtype=torch.float32, device=self._device)

@@ -34,8 +34,6 @@ class Decoder(Protocol):
 
     context_frames: int
     """Latent frames before a chunk that :meth:`warm_up` needs to go on in the midst of a video."""
-    note: str
-    """One sentence where the frames are not what a trained decoder would give, or empty."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """uint8 RGB [B, n, H, W, 3]."""
@@ -78,8 +76,6 @@ class PreviewDecoder:
 
 class VaeDecoder:
     """Wan's VAE, decoding as a stream."""
-
-    note = ""
 
     def __init__(self, vae: Any) -> None:
         from mla_study.model.codecs import StreamingDecoder

@@ -39,7 +39,7 @@ from mla_study.study.notebooks import (
     parse_assignments,
     select,
 )
-from mla_study.study.runs import file_sha256
+from mla_study.study.runs import file_sha256, read_record
 
 EXIT_INTERRUPTED = 130
 STAMPS = ".stamps"
@@ -270,7 +270,7 @@ class _Runner:
         stamp = stamp_file(self._project, job.figure)
         drawn = sorted(file for file in scratch.iterdir() if file.is_file())
         kept = {file.name for file in drawn}
-        for line in former.remove(self._project.figures, staleness.read_stamp(stamp), kept):
+        for line in former.remove(self._project.figures, read_record(stamp), kept):
             self._print(f"  {job.figure.id}: {line}")
         stamp.unlink(missing_ok=True)
         text = temporary.read_text(encoding="utf-8")
@@ -321,7 +321,7 @@ def _look(
 ) -> _Job:
     values = figure.values(given)
     parts = staleness.key_parts(figure, project, values, cache)
-    stamp = staleness.read_stamp(stamp_file(project, figure))
+    stamp = read_record(stamp_file(project, figure))
     reason = staleness.why_stale(stamp, parts, project.figures)
     return _Job(figure, values, parts, reason or ("forced" if force else ""))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mla_study.errors import UserError
-from mla_study.study.runs import file_sha256
-from mla_study.study.staleness import read_stamp, same_parameters
+from mla_study.study.runs import file_sha256, read_record
+from mla_study.study.staleness import same_parameters
 
 
 def withdraw(stamp_file: Path, folder: Path, values: Mapping[str, Any]) -> list[str]:
@@ -23,7 +23,7 @@ def withdraw(stamp_file: Path, folder: Path, values: Mapping[str, Any]) -> list[
     :return: sentences that say so.
     :raises UserError: something cannot be removed.
     """
-    stamp = read_stamp(stamp_file)
+    stamp = read_record(stamp_file)
     if not same_parameters(stamp, values):
         return []
     said = remove(folder, stamp)

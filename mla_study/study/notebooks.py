@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import ast
 import difflib
-import io
 import json
 import re
-import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +70,6 @@ class Parameter:
 
     name: str
     default: Any
-    meaning: str = ""
 
     def parse(self, given: object) -> Any:
         """A value from the command line as the default's type; other values only if they fit.
@@ -224,17 +221,11 @@ def _figure(notebook: Path, module: Path) -> Figure:
 
 
 def _parameters(source: str, notebook: Path) -> dict[str, Parameter]:
-    comments = {
-        token.start[0]: token.string.lstrip("# ").strip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
+    return {
+        name: Parameter(name, _literal(node, notebook))
+        for node in _parse(source, notebook).body
+        if (name := _target(node))
     }
-    parameters: dict[str, Parameter] = {}
-    for node in _parse(source, notebook).body:
-        if name := _target(node):
-            meaning = comments.get(node.end_lineno or node.lineno, "")
-            parameters[name] = Parameter(name, _literal(node, notebook), meaning)
-    return parameters
 
 
 def _parse(source: str, where: Path) -> ast.Module:

@@ -41,8 +41,10 @@ __all__ = [
     "canonical_json",
     "code_hash",
     "file_sha256",
+    "json_sha256",
     "parquet_bytes",
     "peak_memory",
+    "read_record",
     "read_result",
     "round_significant",
     "run_record",
@@ -86,6 +88,20 @@ def canonical_json(value: object) -> str:
     )
 
 
+def json_sha256(value: object) -> str:
+    """SHA-256 (hex) of :func:`canonical_json`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where it cannot be read."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def run_record(
     *,
     config: object,
@@ -118,7 +134,7 @@ def run_record(
     }
     return {
         "schema": SCHEMA,
-        "run_hash": hashlib.sha256(canonical_json(identity).encode()).hexdigest(),
+        "run_hash": json_sha256(identity),
         "provenance": provenance,
         "validity": validity,
         "identity": identity,

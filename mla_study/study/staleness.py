@@ -6,7 +6,6 @@ that went in, part by part (so that the reason can be told), and of each file th
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -20,7 +19,7 @@ from typing import Any
 from mla_study.errors import UserError
 from mla_study.study.codehash import code_hash, package_roots
 from mla_study.study.notebooks import Figure, Project, notebook_cells
-from mla_study.study.runs import RUN_FILE, atomic_write, canonical_json, file_sha256
+from mla_study.study.runs import RUN_FILE, atomic_write, file_sha256, json_sha256, read_record
 
 # A file changed within this time of being hashed could change again without its times moving.
 RACY_NS = 2_000_000_000
@@ -36,12 +35,7 @@ class HashCache:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._known: dict[str, list[Any]] = {}
-        try:
-            loaded = json.loads(file.read_text())
-            self._known = loaded if isinstance(loaded, dict) else {}
-        except (OSError, ValueError):
-            pass
+        self._known: dict[str, list[Any]] = read_record(file)
 
     def sha256(self, path: Path) -> str:
         """:raises UserError: the file cannot be read."""
@@ -75,20 +69,20 @@ def key_parts(
         raise UserError(f"{figure.id} is drawn from {reason}.")
     versions = {name: importlib.metadata.version(name) for name in ("matplotlib", "numpy")}
     return {
-        "notebook": _hash(notebook_cells(figure.notebook)),
+        "notebook": json_sha256(notebook_cells(figure.notebook)),
         "code": code_hash(
             f"analysis.{figure.id}", roots={**package_roots(), "analysis": project.analysis}
         ),
-        "parameters": _hash(values),
-        "data": _hash(
+        "parameters": json_sha256(values),
+        "data": json_sha256(
             {
                 name: _data_hash(path)
                 for entry in _drawn(figure, values)
                 for name, path in _places(project, entry)
             }
         ),
-        "inputs": _hash(input_hashes(figure, project, values, cache)),
-        "libraries": _hash(versions),
+        "inputs": json_sha256(input_hashes(figure, project, values, cache)),
+        "libraries": json_sha256(versions),
     }
 
 
@@ -135,29 +129,16 @@ def why_stale(stamp: Mapping[str, Any], parts: Mapping[str, str], folder: Path) 
     return ""
 
 
-def read_stamp(file: Path) -> dict[str, Any]:
-    """What was kept of the last drawing; empty where nothing readable is."""
-    try:
-        stamp = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return stamp if isinstance(stamp, dict) else {}
-
-
 def write_stamp(file: Path, parts: Mapping[str, str], outputs: Mapping[str, str]) -> None:
     """Keep what a figure was made from and what came out."""
-    stamp = {"key": _hash(parts), "parts": dict(parts), "outputs": dict(outputs)}
+    stamp = {"key": json_sha256(parts), "parts": dict(parts), "outputs": dict(outputs)}
     atomic_write(file, (json.dumps(stamp, indent=1) + "\n").encode())
 
 
 def same_parameters(stamp: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     """Whether what was drawn before was drawn with these parameters."""
     parts = stamp.get("parts")
-    return isinstance(parts, dict) and parts.get("parameters") == _hash(values)
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    return isinstance(parts, dict) and parts.get("parameters") == json_sha256(values)
 
 
 def absent(figure: Figure, project: Project, values: Mapping[str, Any]) -> str:
@@ -197,7 +178,7 @@ def _run_identity(file: Path) -> str:
     # Dates and timings in a run record are not what a figure is drawn from.
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
-        return _hash({key: value for key, value in run.items() if key != "observed"})
+        return json_sha256({key: value for key, value in run.items() if key != "observed"})
     except (ValueError, AttributeError):
         return file_sha256(file)
 

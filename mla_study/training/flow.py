@@ -46,6 +46,7 @@ __all__ = [
     "loss_weights",
     "per_frame",
     "sigma_at",
+    "weighted_loss",
     "wide",
     "x0_from_flow",
 ]
@@ -165,3 +166,22 @@ def flow_matching_loss(
     target = flow_target(wide(x0.detach()), wide(noise.detach()))
     error = (wide(flow) - target).square().mean(dim=(1, 3, 4))
     return error.mean() if weight is None else (weight.to(error) * error).mean()
+
+
+def weighted_loss(
+    flow: Float[Tensor, "B C F height width"],
+    x0: Float[Tensor, "B C F height width"],
+    noise: Float[Tensor, "B C F height width"],
+    t: Tensor,
+    shift: float,
+    weighting: Weighting,
+) -> Float[Tensor, ""]:
+    """:func:`flow_matching_loss` with the weights of its timesteps.
+
+    Args:
+        flow: the prediction at (1 - sigma) x0 + sigma noise.
+        t: timesteps of that input: a scalar, [B] or [B, F].
+        shift: timestep shift of the table over which the ``bell`` weights have mean 1.
+    """
+    weight = loss_weights(per_frame(t, flow.shape[0], flow.shape[2]), shift, weighting)
+    return flow_matching_loss(flow, x0, noise, weight)

@@ -38,18 +38,6 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 """Slot of a caption -> its words, in the order of the caption."""
 
-WORDS: tuple[str, ...] = (
-    *SPEEDS,
-    *COLOURS,
-    *SHAPES,
-    "moving",
-    *DIRECTIONS,
-    *ROWS,
-    *COLUMNS,
-    *BACKGROUNDS,
-)
-"""Every word that the text encoder can get; :func:`word_ids` counts from here."""
-
 _ALIKE = 0.5  # less than this is chance: then the slot's first word is suggested
 
 TOKENS = 8
@@ -172,14 +160,3 @@ def tokens(caption: Caption | str) -> list[str]:
     """
     known = caption if isinstance(caption, Caption) else parse_caption(caption)
     return [word for word in caption_of(known).split() if word != "on"]
-
-
-def word_ids(captions: Sequence[Caption | str]) -> np.ndarray:
-    """Indices into :data:`WORDS`, int64 [B, 8].
-
-    Raises:
-        UserError: a text outside the grammar.
-    """
-    index = {word: place for place, word in enumerate(WORDS)}
-    rows = [[index[word] for word in tokens(caption)] for caption in captions]
-    return np.array(rows, dtype=np.int64).reshape(len(rows), TOKENS)

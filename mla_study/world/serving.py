@@ -40,7 +40,6 @@ class WorldDecoder:
     """The world's linear codec, each pixel shown as a square of ``scale`` pixels."""
 
     context_frames = 0
-    note = ""
 
     def __init__(self, codec: Codec, scale: int) -> None:
         self.codec = codec

@@ -29,7 +29,6 @@ def test_own_numbers(tmp_path: Path) -> None:
     _, found = find(tmp_path, made("blocks.10.attn", "blocks.9.attn", "blocks.2.attn"))
     assert layers(found) == {"blocks.2.attn": 2, "blocks.9.attn": 9, "blocks.10.attn": 10}
     assert [a.layer for a in found.attentions] == [2, 9, 10]
-    assert found.natural_layers
     _, found = find(tmp_path, made("attn"))
     assert layers(found) == {"attn": 0}
 
@@ -38,7 +37,6 @@ def test_ordinals_where_no_number_is_unique(tmp_path: Path) -> None:
     blocks = [f"layers.{i}.blocks.{j}.attn" for i in range(2) for j in (0, 2, 10)]
     _, found = find(tmp_path, made(*reversed(blocks)))
     assert layers(found) == {block: i for i, block in enumerate(blocks)}
-    assert not found.natural_layers
     # two attentions in each layer
     blocks = [f"layers.{i}.self_attn.{j}" for i in range(3) for j in range(2)]
     _, found = find(tmp_path, made(*blocks), {"num_layers": 3})
@@ -51,7 +49,6 @@ def test_one_list_of_layers_with_two_names(tmp_path: Path) -> None:
     blocks = ["layers.0.delta", "layers.1.delta", "layers.2.attn", "layers.3.delta"]
     _, found = find(tmp_path, made(*blocks), layers=5)
     assert [a.layer for a in found.attentions] == [0, 1, 2, 3]
-    assert found.natural_layers
     assert found.missing_layers == [4]
 
 

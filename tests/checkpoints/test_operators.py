@@ -149,7 +149,6 @@ def test_families(family: str, tmp_path: Path, seed: int) -> None:
     got = [(layer, kind, set(roles.split())) for layer, kind, roles in summary(found)]
     want = [(i, kind, set(roles.split())) for i in (0, 2, 10) for kind, roles in blocks]
     assert got == want
-    assert found.natural_layers
     assert found.missing_layers == []
     assert found.notes == []
     used = {p.tensor for a in found.attentions for p in a.parts.values()}
@@ -173,7 +172,6 @@ def test_image_stream_leaves_the_text_alone(tmp_path: Path, seed: int) -> None:
                    f"blocks.{i}.attn2.norm_k.weight": (D,)}  # fmt: skip
     _, found = find(tmp_path / "a", make.all(shapes))
     assert summary(found) == [(i, k, "q k v") for i in range(3) for k in ("self", "cross")]
-    assert found.natural_layers
     assert "second stream" in found.left_out["blocks.1.attn2.add_k_proj.weight"]
     assert found.attentions[1].norms == {"k_norm": "blocks.0.attn2.norm_k.weight"}
     shapes = {}
@@ -223,7 +221,6 @@ def test_double_stream(naming: str, tmp_path: Path, seed: int) -> None:
     assert [a.layer for a in found.attentions] == list(range(7))
     assert [a.block.startswith("single") for a in found.attentions] == [False] * 3 + [True] * 4
     assert all({"q", "k", "v"} <= set(a.parts) for a in found.attentions)
-    assert not found.natural_layers
     last = "single_transformer_blocks.4.attn" if naming == "diffusers" else "single_blocks.4"
     assert found.missing_layers == [last]
     if naming == "original":

@@ -19,13 +19,13 @@ from mla_study.probes.activations import (
     Covariances,
     collect_covariance,
     covariance_names,
-    error_of_cut,
-    functional_error,
     load_covariance,
     save_covariance,
-    sqrt_psd,
-    weighted_singular_values,
 )
+from mla_study.probes.block import root_of
+from mla_study.probes.spectrum import singular_values
+from mla_study.probes.stacks import Spectrum
+from mla_study.probes.table import functional_errors
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 nn = torch.nn
@@ -335,16 +335,21 @@ def test_what_cannot_be_written_leaves_nothing(
 
 def test_square_root(seed: int) -> None:
     cov = _psd(np.random.default_rng(seed), 9)
-    root = sqrt_psd(cov)
-    np.testing.assert_allclose(root @ root, cov, rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(root, root.T, atol=1e-13)
-    np.testing.assert_allclose(sqrt_psd(np.diag([4.0, -1e-18])), np.diag([2.0, 0]), atol=1e-15)
-    with pytest.raises(ValueError, match="NaN"):
-        sqrt_psd(np.full((2, 2), np.nan))
+    root, values = root_of(cov.copy())
+    np.testing.assert_allclose(root @ root.T, cov, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(cov), rtol=1e-10, atol=1e-10)
+    root, _ = root_of(np.diag([4.0, -1e-18]))
+    np.testing.assert_allclose(np.abs(root), [[2.0], [0.0]], atol=1e-15)
+
+
+def error_of_cut(sigma: np.ndarray, k: int) -> float:
+    """Told of a spectrum that has an eighth of its directions at k."""
+    spectrum = Spectrum("kv", -1, "weighted-raw", sigma, 8 * k, 8 * k, "gram")
+    return functional_errors(spectrum)["functional_error_at_n/8"]
 
 
 @pytest.mark.parametrize("m", [4, 30])
-def test_functional_error_is_reached_by_the_whitened_cut_and_by_none_better(
+def test_the_error_of_a_cut_is_reached_by_the_whitened_cut_and_by_none_better(
     m: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -352,7 +357,8 @@ def test_functional_error_is_reached_by_the_whitened_cut_and_by_none_better(
     x = rng.standard_normal((5000, d)) * np.geomspace(1, 0.02, d) @ rng.standard_normal((d, d))
     cov = x.T @ x / len(x)
     w = rng.standard_normal((m, d))
-    got = functional_error([w[:1], w[1:]], cov, k)
+    root, _ = root_of(cov.copy())
+    got = error_of_cut(singular_values([w[:1] @ root, w[1:] @ root])[0], k)
 
     def error(v: np.ndarray) -> float:
         return float(np.sqrt(np.square(x @ (w - v).T).sum() / np.square(x @ w.T).sum()))
@@ -366,15 +372,14 @@ def test_functional_error_is_reached_by_the_whitened_cut_and_by_none_better(
         assert error(q @ q.T @ w) >= got - 1e-12
 
 
-def test_functional_error_at_its_edges(seed: int) -> None:
+def test_the_error_of_a_cut_at_its_edges(seed: int) -> None:
     rng = np.random.default_rng(seed)
     w, cov = rng.standard_normal((8, 5)), _psd(rng, 5)
-    assert functional_error([w], cov, 0) == 1.0
-    assert functional_error([w], cov, 5) == functional_error([w], cov, 99) == 0.0
-    assert np.isnan(functional_error([w], np.zeros((5, 5)), 2))
-    with pytest.raises(ValueError, match="negative"):
-        functional_error([w], cov, -1)
-    sigma, method = weighted_singular_values([w], sqrt_psd(cov))
-    np.testing.assert_allclose(sigma, np.linalg.svd(w @ sqrt_psd(cov))[1], rtol=1e-8)
+    root, _ = root_of(cov)
+    sigma, method = singular_values([w @ root])
+    assert error_of_cut(sigma, 0) == 1.0
+    assert error_of_cut(sigma, 5) == error_of_cut(sigma, 99) == 0.0
+    assert np.isnan(error_of_cut(singular_values([np.zeros((8, 5))])[0], 2))
+    np.testing.assert_allclose(sigma, np.linalg.svd(w @ root)[1], rtol=1e-8)
     assert method in ("gram", "svdvals")
     assert error_of_cut(np.array([1.0, 1e-9]), 1) == pytest.approx(1e-9)

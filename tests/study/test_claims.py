@@ -52,7 +52,7 @@ def test_each_claim_is_judged_by_the_committed_tables(outcomes: list[package.Out
     assert len(outcomes) == len(CLAIMS) == len(BY_ID) >= 17
     for one in outcomes:
         assert one.verdict in VERDICTS and one.why and one.claim.statement.endswith(".")
-        assert bool(one.missing) == (one.verdict == "not testable here"), one.told
+        assert bool(one.missing) == (one.verdict == "not testable here"), one
         if one.verdict != "not testable here":
             assert one.number in one.numbers and one.sources
             assert all(math.isfinite(n.value) for n in one.of("found")), one.id

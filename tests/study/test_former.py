@@ -8,7 +8,7 @@ import pytest
 
 from mla_study.errors import UserError
 from mla_study.study import former, staleness
-from mla_study.study.runs import file_sha256
+from mla_study.study.runs import file_sha256, json_sha256, read_record
 
 VALUES = {"slope": 1.5}
 
@@ -22,13 +22,13 @@ def stamp(tmp_path: Path) -> Path:
         (out / name).write_text(name)
     hashes = {name: file_sha256(out / name) for name in ("fig1.svg", "fig1_measured.svg")}
     file = out / ".stamps" / "fig1.json"
-    staleness.write_stamp(file, {"parameters": staleness._hash(VALUES)}, hashes)
+    staleness.write_stamp(file, {"parameters": json_sha256(VALUES)}, hashes)
     return file
 
 
 def test_only_recorded_files_that_stand_as_drawn_are_removed(stamp: Path) -> None:
     out = stamp.parents[1]
-    held = staleness.read_stamp(stamp)
+    held = read_record(stamp)
     assert former.remove(out, held, {"fig1.svg", "fig1_measured.svg"}) == []
     (told,) = former.remove(out, held, {"fig1.svg"})
     assert told == "removed fig1_measured.svg, which it no longer draws"

@@ -22,7 +22,7 @@ def test_figures_are_found_in_natural_order_with_what_they_declare(checkout: Che
     assert figure.title == "A line"
     assert figure.provenance == ("null-model",)
     assert figure.data == ("results/data/line",)
-    assert figure.parameters["label"] == Parameter("label", "a line", "str: what the legend says")
+    assert figure.parameters["label"] == Parameter("label", "a line")
     assert figure.values({"slope": "2e-3", "other": "x"}) == {
         "slope": 2e-3,
         "label": "a line",

@@ -13,7 +13,7 @@ import pytest
 from mla_study.errors import UserError
 from mla_study.study import staleness
 from mla_study.study.notebooks import Project, discover
-from mla_study.study.runs import file_sha256
+from mla_study.study.runs import file_sha256, read_record
 
 from .conftest import MODULE, Checkout
 
@@ -125,7 +125,7 @@ def test_reasons(tmp_path: Path) -> None:
     staleness.write_stamp(stamp, parts, {"fig.png": file_sha256(output)})
 
     def why(now: dict[str, str] = parts) -> str:
-        return staleness.why_stale(staleness.read_stamp(stamp), now, tmp_path)
+        return staleness.why_stale(read_record(stamp), now, tmp_path)
 
     assert why() == ""
     assert why({**parts, "data": "3"}) == "changed: data"

@@ -80,7 +80,7 @@ class Container(Protocol):
 
 
 def shown(name: str, limit: int = 120) -> str:
-    """A tensor's name fit for one line of an error message: quoted, escaped, cut."""
+    """A tensor's name, or another text, fit for one line of a message: quoted, escaped, cut."""
     return repr(name if len(name) <= limit else name[: limit - 3] + "...")
 
 

@@ -78,15 +78,13 @@ class Found:
     """All operators of a checkpoint, what was left out and why, and what a config misses.
 
     ``missing_layers`` holds the numbers of blocks that should be there, or their paths where a
-    number alone would not tell which one (encoder and decoder in one file). ``natural_layers`` says
-    whether the layers are the numbers that the names carry.
+    number alone would not tell which one (encoder and decoder in one file).
     """
 
     attentions: list[Attention] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)  # tensor -> reason
     expected_layers: int | None = None
     missing_layers: list[int | str] = field(default_factory=list)
-    natural_layers: bool = True
     notes: list[str] = field(default_factory=list)
 
 

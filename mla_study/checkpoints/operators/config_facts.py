@@ -46,7 +46,6 @@ class ConfigFacts:
     head_dim: int | None = None
     model_type: str = ""
     has_cross: bool = False
-    grouped: bool = False  # Falcon's new decoder: one key and value behind each group of queries
     plain_qkv: bool = False  # ChatGLM's groups: all queries, then all keys, then all values
     attention_layers: frozenset[int] | None = None  # of a hybrid model
     parts: tuple[tuple[re.Pattern[str], ConfigFacts], ...] = field(default=(), repr=False)
@@ -120,8 +119,9 @@ class ConfigFacts:
         heads, dim = first(_HEADS), first(_HEAD_DIM)
         if re.match(r"UNet.*Condition|ControlNet", name) and heads is None:
             heads, dim = dim, None  # diffusers' first name for the number of heads
-        grouped = config.get("new_decoder_architecture") is True
         kv_heads = first(_KV_HEADS)
+        # Falcon's new decoder has one key and value behind each group of queries
+        grouped = config.get("new_decoder_architecture") is True
         if config.get("multi_query") is True and not grouped:
             kv_heads = 1
         return cls(
@@ -131,7 +131,6 @@ class ConfigFacts:
             head_dim=dim,
             model_type=kind,
             has_cross="Wan" in name or config.get("is_encoder_decoder") is True,
-            grouped=grouped,
             plain_qkv="multi_query_group_num" in config and kv_heads is not None,
             attention_layers=_hybrid(config),
             ignored=tuple(ignored),

@@ -147,8 +147,6 @@ def number_layers(
             lacking |= {i if plain or i in missing else stack.name(i) for i in gone}
         else:
             result += _several(stacks, facts, given, lacking)
-            if sum(len(s.attentions) for s in stacks) > 1:
-                found.natural_layers = False
         if kind in checked:
             missing |= lacking
     if not facts.has_cross:  # a layer may have the one kind or the other

@@ -279,7 +279,9 @@ class Running:
         """One denoising pass over the chunk in progress, on the next of a few latents."""
         self._latents.append(self._latents.pop(0))
         told = self.rollout.conditioning
-        return self.rollout.predict(self._latents[0], self._times, told, self._pieces, self._memory)
+        return self.rollout.predict(
+            self._latents[0], self._times, told, pieces=self._pieces, memory=self._memory
+        )
 
     def chunk(self) -> None:
         """One chunk of the steady state."""
@@ -366,8 +368,9 @@ def gap(
     for index in range(chunks):
         running._begin(index)  # pyright: ignore[reportPrivateUsage]
         mine = x[:, :, index * size : (index + 1) * size]
+        pieces, memory = running._pieces, running._memory  # pyright: ignore[reportPrivateUsage]
         outs.append(
-            rollout.predict(mine, times, rollout.conditioning, running._pieces, running._memory)  # pyright: ignore[reportPrivateUsage]
+            rollout.predict(mine, times, rollout.conditioning, pieces=pieces, memory=memory)
         )
     made = torch.cat(outs, dim=2).double()
     return float((made - wanted).norm() / wanted.norm())

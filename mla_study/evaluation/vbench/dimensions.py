@@ -28,11 +28,10 @@ class Dimension:
     Attributes:
         low, high: bounds of the normalisation (raw - low) / (high - low), which is not clipped.
         weight: within its group's mean.
-        suite: the dimension whose prompts its videos are made from, and ``prompts`` their number.
         samples: videos a prompt, before the static filter of temporal flickering.
         scale: times a video's value gives VBench's raw score (imaging quality counts to 100).
         clip_seconds: length of the long mode's clips.
-        free: scores any clip; the others need a prompt of the suite.
+        free: scores any clip; the others need a prompt of VBench's.
         detectron2: needs code that no package index carries.
     """
 
@@ -40,8 +39,6 @@ class Dimension:
     group: Group
     low: float
     high: float
-    suite: str
-    prompts: int
     weight: float = 1.0
     samples: int = SAMPLES
     scale: float = 1.0
@@ -52,35 +49,35 @@ class Dimension:
 
 _ALL = (
     Dimension(
-        "subject_consistency", "quality", 0.1462, 1.0, "subject_consistency", 72, free=True
+        "subject_consistency", "quality", 0.1462, 1.0, free=True
     ),
-    Dimension("background_consistency", "quality", 0.2615, 1.0, "scene", 86, free=True),
+    Dimension("background_consistency", "quality", 0.2615, 1.0, free=True),
     Dimension(
-        "temporal_flickering", "quality", 0.6293, 1.0, "temporal_flickering", 75, samples=25,
+        "temporal_flickering", "quality", 0.6293, 1.0, samples=25,
         free=True,
     ),
     Dimension(
-        "motion_smoothness", "quality", 0.706, 0.9975, "subject_consistency", 72, free=True
+        "motion_smoothness", "quality", 0.706, 0.9975, free=True
     ),
     Dimension(
-        "dynamic_degree", "quality", 0.0, 1.0, "subject_consistency", 72, weight=0.5, free=True
+        "dynamic_degree", "quality", 0.0, 1.0, weight=0.5, free=True
     ),
-    Dimension("aesthetic_quality", "quality", 0.0, 1.0, "overall_consistency", 93, free=True),
+    Dimension("aesthetic_quality", "quality", 0.0, 1.0, free=True),
     Dimension(
-        "imaging_quality", "quality", 0.0, 1.0, "overall_consistency", 93, scale=0.01, free=True
+        "imaging_quality", "quality", 0.0, 1.0, scale=0.01, free=True
     ),
-    Dimension("object_class", "semantic", 0.0, 1.0, "object_class", 79, detectron2=True),
-    Dimension("multiple_objects", "semantic", 0.0, 1.0, "multiple_objects", 82, detectron2=True),
-    Dimension("human_action", "semantic", 0.0, 1.0, "human_action", 100, clip_seconds=10.0),
-    Dimension("color", "semantic", 0.0, 1.0, "color", 85, detectron2=True),
+    Dimension("object_class", "semantic", 0.0, 1.0, detectron2=True),
+    Dimension("multiple_objects", "semantic", 0.0, 1.0, detectron2=True),
+    Dimension("human_action", "semantic", 0.0, 1.0, clip_seconds=10.0),
+    Dimension("color", "semantic", 0.0, 1.0, detectron2=True),
     Dimension(
-        "spatial_relationship", "semantic", 0.0, 1.0, "spatial_relationship", 84, detectron2=True
+        "spatial_relationship", "semantic", 0.0, 1.0, detectron2=True
     ),
-    Dimension("scene", "semantic", 0.0, 0.8222, "scene", 86),
-    Dimension("appearance_style", "semantic", 0.0009, 0.2855, "appearance_style", 90),
-    Dimension("temporal_style", "semantic", 0.0, 0.364, "temporal_style", 100, clip_seconds=10.0),
+    Dimension("scene", "semantic", 0.0, 0.8222),
+    Dimension("appearance_style", "semantic", 0.0009, 0.2855),
+    Dimension("temporal_style", "semantic", 0.0, 0.364, clip_seconds=10.0),
     Dimension(
-        "overall_consistency", "semantic", 0.0, 0.364, "overall_consistency", 93,
+        "overall_consistency", "semantic", 0.0, 0.364,
         clip_seconds=10.0,
     ),
 )  # fmt: skip

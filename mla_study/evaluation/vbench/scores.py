@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mla_study.evaluation.vbench.dimensions import DIMENSIONS, OVERALL_6, Group, scale_of
+from mla_study.study.statistics import percentiles
 
 Numbers = Sequence[float] | np.ndarray
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
@@ -122,22 +123,13 @@ def resampled(
         return sums[picked].sum(axis=1) / counts[picked].sum(axis=1) * scale_of(scorer)
 
 
-def interval(drawn: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resamples; NaN where there are none."""
-    held = drawn[np.isfinite(drawn)]
-    if not held.size:
-        return float("nan"), float("nan")
-    low, high = np.percentile(held, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def bootstrap(
     scorer: str, values: Numbers, terms: Numbers, prompts: Iterable[str], draws: int = DRAWS,
     seed: int = 0,
 ) -> Score:  # fmt: skip
     """Score of a scorer's videos with its interval, see :func:`resampled`."""
     names = list(prompts)
-    low, high = interval(resampled(scorer, values, terms, names, draws, seed))
+    low, high = percentiles(resampled(scorer, values, terms, names, draws, seed))
     return Score(raw_score(scorer, values, terms), low, high, len(names), len(set(names)))
 
 
@@ -153,7 +145,7 @@ def composite_intervals(
         for row in zip(*held.values(), strict=True)
     ]
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: interval(np.array([row.get(name, np.nan) for row in rows])) for name in names}
+    return {name: percentiles(np.array([row.get(name, np.nan) for row in rows])) for name in names}
 
 
 def paired_difference(
@@ -172,7 +164,7 @@ def paired_difference(
     rng = np.random.default_rng(seed)
     few = len(gaps) < 2
     drawn = np.empty(0) if few else gaps[rng.integers(len(gaps), size=(draws, len(gaps)))].mean(1)
-    low, high = interval(drawn)
+    low, high = percentiles(drawn)
     flipped = (gaps * rng.choice([-1.0, 1.0], (draws, len(gaps)))).mean(axis=1)
     # with the one that was seen, so that p is never zero
     p = (1 + int((np.abs(flipped) >= abs(gaps.mean()) - 1e-15).sum())) / (draws + 1)

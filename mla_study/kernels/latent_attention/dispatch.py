@@ -16,7 +16,6 @@ from mla_study.kernels.latent_attention.cost import (
     crossover,
 )
 
-CPU_FORMS: tuple[Form, ...] = ("reconstruct", "absorbed")
 # where FLOPs alone decide, the fused kernel and its PyTorch form tie, and the first is taken
 GPU_FORMS: tuple[Form, ...] = ("reconstruct", "absorbed_triton", "absorbed")
 

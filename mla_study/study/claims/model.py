@@ -205,11 +205,6 @@ class Outcome:
         """The claim's."""
         return self.claim.id
 
-    @property
-    def told(self) -> str:
-        """The verdict with what is missing."""
-        return f"{self.verdict} (needs {self.missing})" if self.missing else self.verdict
-
     def of(self, role: Role) -> tuple[Number, ...]:
         """Numbers of a role."""
         return tuple(number for number in self.numbers if number.role == role)

@@ -12,8 +12,9 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from mla_study.checkpoints.formats.container import shown
 from mla_study.errors import UserError
-from mla_study.model.embeddings import padded, short
+from mla_study.model.embeddings import padded
 from mla_study.rollout.prompts import Encoder
 from mla_study.training.data.shards import Shards
 
@@ -69,7 +70,8 @@ class Texts:
         for prompt in prompts:
             if _key(prompt) not in self.shards:
                 raise UserError(
-                    f"{self.shards.folder} has no embedding of {short(prompt)}: prepare it first"
+                    f"{self.shards.folder} has no embedding of {shown(prompt, 60)}: "
+                    "prepare it first"
                 )
         return padded([self.shards.read(_key(p)).float() for p in prompts], self.length)
 

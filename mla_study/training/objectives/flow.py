@@ -17,9 +17,7 @@ from mla_study.training.flow import (
     Weighting,
     add_noise,
     block_timesteps,
-    flow_matching_loss,
-    loss_weights,
-    per_frame,
+    weighted_loss,
 )
 from mla_study.training.objective import Objective, Role, Roles
 
@@ -46,26 +44,6 @@ def teacher_timesteps(
     together = block_timesteps(batch, frames, frames, shift, generator)
     drawn = torch.rand(batch, 1, generator=generator, device=generator.device)
     return torch.where(drawn < share, alone, together)
-
-
-def teacher_loss(
-    flow: Float[Tensor, "B C F height width"],
-    x0: Float[Tensor, "B C F height width"],
-    noise: Float[Tensor, "B C F height width"],
-    t: Tensor,
-    shift: float,
-    weighting: Weighting = "uniform",
-) -> Float[Tensor, ""]:
-    """|flow - (noise - x0)|^2, mean over everything; weighted by timestep where asked.
-
-    Args:
-        flow: the teacher's prediction at (1 - sigma) x0 + sigma noise.
-        x0, noise: clean latents and Gaussian noise.
-        t: timesteps 0 .. 1000 of that input, float32 or float64: a scalar, [B] or [B, F].
-        shift: timestep shift, which the ``bell`` weighting needs.
-    """
-    weight = loss_weights(per_frame(t, flow.shape[0], flow.shape[2]), shift, weighting)
-    return flow_matching_loss(flow, x0, noise, weight)
 
 
 def _probability(name: str, value: float) -> float:
@@ -96,7 +74,7 @@ class Flow(Objective):
         noise = draws.noise(*x0.shape[1:])
         context = dropped(batch.context, roles.null, self.drop, draws)
         flow = model(add_noise(x0, noise, t), t, model.condition(context))
-        return {"loss": teacher_loss(flow, x0, noise, t, shift, self.weighting)}
+        return {"loss": weighted_loss(flow, x0, noise, t, shift, self.weighting)}
 
 
 def dropped(context: Tensor, null: Tensor, share: float, draws: Draws) -> Tensor:

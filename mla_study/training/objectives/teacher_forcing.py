@@ -32,9 +32,8 @@ from mla_study.training.flow import (
     Weighting,
     add_noise,
     block_timesteps,
-    flow_matching_loss,
-    loss_weights,
     per_frame,
+    weighted_loss,
 )
 from mla_study.training.objective import Objective, Role, Roles
 from mla_study.training.objectives.flow import dropped
@@ -118,8 +117,7 @@ def teacher_forcing_loss(
         t: timesteps 0 .. 1000 of the noisy half, float32 or float64: a scalar, [B] or [B, F].
         shift: timestep shift of the table over which the ``bell`` weights have mean 1.
     """
-    weight = loss_weights(per_frame(t, flow.shape[0], flow.shape[2]), shift, weighting)
-    return flow_matching_loss(flow, clean, noise, weight)
+    return weighted_loss(flow, clean, noise, t, shift, weighting)
 
 
 def rule_for(

@@ -130,7 +130,7 @@ def test_factors_are_ratios_of_turns(scale: Scale) -> None:
     seconds[variants[0].name + " (again)"] = (2.0, 6.0, 4.0)
     missing = variants[3].name
     del seconds[missing]
-    times = Times("cpu", seconds, {missing: "OOM"})
+    times = Times(seconds, {missing: "OOM"})
     found = attribution.rows_of(wanted, scale, {"chunk": times, "step": times}, TOPS)
     rows = found.set_index(["kind", "factor"])
     assert rows.loc[("chunk", "window"), "value"] == 2.0

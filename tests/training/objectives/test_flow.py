@@ -7,8 +7,8 @@ import torch
 from training.gaussians import latents
 
 from mla_study.errors import UserError
-from mla_study.training.flow import flow_matching_loss, loss_weights
-from mla_study.training.objectives.flow import teacher_loss, teacher_timesteps
+from mla_study.training.flow import flow_matching_loss, loss_weights, weighted_loss
+from mla_study.training.objectives.flow import Flow, teacher_timesteps
 
 
 def drawn() -> torch.Generator:
@@ -31,9 +31,9 @@ def test_a_share_of_samples_has_a_timestep_a_frame() -> None:
 def test_the_loss_is_plain_unless_weighted() -> None:
     flow, x0, noise = (latents(seed, 2, 3, 4, 1, 2) for seed in range(3))
     t = torch.tensor([250.0, 800.0])
-    assert torch.equal(teacher_loss(flow, x0, noise, t, 3.0), flow_matching_loss(flow, x0, noise))
+    plain = weighted_loss(flow, x0, noise, t, 3.0, Flow().weighting)
+    assert torch.equal(plain, flow_matching_loss(flow, x0, noise))
     weight = loss_weights(t, 3.0, "bell")[:, None].expand(2, 4)
-    assert torch.equal(
-        teacher_loss(flow, x0, noise, t, 3.0, "bell"), flow_matching_loss(flow, x0, noise, weight)
-    )
-    assert float(teacher_loss(noise - x0, x0, noise, t, 3.0)) == 0
+    belled = weighted_loss(flow, x0, noise, t, 3.0, "bell")
+    assert torch.equal(belled, flow_matching_loss(flow, x0, noise, weight))
+    assert float(weighted_loss(noise - x0, x0, noise, t, 3.0, "uniform")) == 0

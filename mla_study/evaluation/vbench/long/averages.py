@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -165,18 +165,14 @@ def long_scores(
     return LongScores(pd.DataFrame(videos), pd.DataFrame(overall), tuple(notes))
 
 
-def side_by_side(
-    clips: pd.DataFrame, clip_to_clip: pd.DataFrame, configs: LongConfigs, **more: Any
-) -> pd.DataFrame:
-    """Both averages of the same clips: dimension, exact, corrected, difference, left_out.
+def side_by_side(found: Mapping[bool, LongScores]) -> pd.DataFrame:
+    """Upstream's average (``exact``: True) and the corrected one of the same clips, a row a scorer.
 
-    ``left_out`` counts the videos that upstream's code loses; ``more`` goes to :func:`long_scores`.
+    Columns scorer, upstream, corrected, clips, videos, left_out (videos that upstream's code
+    loses), extractor, in_clip_weight, clip_to_clip_weight.
     """
-    ours = long_scores(clips, clip_to_clip, configs, False, **more).overall
-    theirs = long_scores(clips, clip_to_clip, configs, True, **more).overall
-    both = theirs[["dimension", "value", "left_out"]].rename(columns={"value": "exact"})
-    both.insert(2, "corrected", ours["value"])
-    both.insert(3, "difference", both["exact"] - both["corrected"])
+    both = found[True].overall.rename(columns={"dimension": "scorer", "value": "upstream"})
+    both.insert(2, "corrected", found[False].overall["value"].to_numpy())
     return both
 
 

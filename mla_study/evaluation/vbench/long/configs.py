@@ -8,7 +8,6 @@ data; ``--long-configs DIR`` reads upstream's own files instead. They are flat l
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -16,11 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.dimensions import DIMENSIONS
-from mla_study.study.runs import atomic_write, canonical_json
+from mla_study.study.runs import json_sha256
 
 DATA = Path(__file__).resolve().parents[3] / "data" / "vbench"
 PUBLISHED = "published values"
@@ -92,26 +89,7 @@ class LongConfigs:
         """Of the values, wherever they came from."""
         tables = {name: [list(pair) for pair in table] for name, table in self.tables.items()}
         values = [dict(self.clip_seconds), dict(self.slow_fast), tables]
-        return hashlib.sha256(canonical_json(values).encode()).hexdigest()
-
-    def write_yaml(self, folder: Path) -> dict[str, str]:
-        """Write the four files; return the keyword arguments by which upstream's code finds them.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
-        folder = folder.resolve()
-        contents = {LENGTHS: self.clip_seconds.items(), WEIGHTS: self.slow_fast.items()}
-        contents |= {file: self.tables[name] for name, file in TABLES.items()}
-        for file, pairs in contents.items():
-            lines = [f"{_spell(key)}: {_spell(value)}\n" for key, value in pairs]
-            atomic_write(folder / file, "".join(lines).encode())
-        return {
-            "clip_length_config": str(folder / LENGTHS),
-            "slow_fast_eval_config": str(folder / WEIGHTS),
-            "sb_mapping_file_path": str(folder / TABLES["subject_consistency"]),
-            "bg_mapping_file_path": str(folder / TABLES["background_consistency"]),
-        }
+        return json_sha256(values)
 
 
 def load_configs(folder: Path | None = None) -> LongConfigs:
@@ -203,8 +181,3 @@ def _checked(configs: LongConfigs, place: Path) -> LongConfigs:
         if len(table) < 2 or len({score for score, _ in table}) < len(table):
             raise UserError(f"{place / TABLES[name]} needs two different scores or more")
     return configs
-
-
-def _spell(value: str | float) -> str:
-    # YAML 1.1 reads 1e-05 as text, so never an exponent
-    return value if isinstance(value, str) else str(np.format_float_positional(value, trim="0"))

@@ -68,7 +68,6 @@ class Folder:
     path: Path
     videos: int
     frames: float | None
-    looked_at: int
 
 
 def look_into(path: Path) -> Folder:
@@ -84,7 +83,7 @@ def look_into(path: Path) -> Folder:
     step = max(1, -(-len(files) // _LOOKED_AT))
     counts = [count for file in files[::step] if (count := _frames(file)) is not None]
     total = sum(counts) / len(counts) * len(files) if counts else None
-    return Folder(path, len(files), total, len(counts))
+    return Folder(path, len(files), total)
 
 
 def _frames(file: Path) -> int | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, tell
 from mla_study.evaluation.vbench.dimensions import DIMENSIONS, choose, is_free
 from mla_study.evaluation.vbench.needs.download import (
     PATIENCE,
@@ -68,7 +68,7 @@ def fetch_weights(
     root = weights_folder(to)
     base = _mirror(mirror)
     wanted = plan(root, dimensions, mode)
-    _say(
+    tell(
         f"{wanted.there} of {wanted.there + len(wanted.downloads) + len(wanted.by_hand)} are there"
     )
     failed: dict[str, list[str]] = {}
@@ -171,7 +171,7 @@ def _fetch(item: Item, root: Path, patience: Patience, count: str) -> None:
             ) from None
         raise
     discard(part)
-    _say(f"{place} is there, {_proof(item)}")
+    tell(f"{place} is there, {_proof(item)}")
 
 
 def _unpacked(item: Item, part: Path, place: Path) -> None:
@@ -243,7 +243,3 @@ def _bar(what: str, total: int | None, there: int) -> Any:
     return tqdm(
         total=total, initial=there, desc=what, unit="B", unit_scale=True, disable=None, leave=False
     )
-
-
-def _say(sentence: str) -> None:
-    print(f"note: {sentence}.", file=sys.stderr)

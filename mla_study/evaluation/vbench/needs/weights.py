@@ -11,10 +11,10 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.needs.items import (
@@ -26,7 +26,7 @@ from mla_study.evaluation.vbench.needs.items import (
     Mode,
     needed_by,
 )
-from mla_study.study.runs import atomic_write, file_sha256
+from mla_study.study.runs import atomic_write, file_sha256, read_record
 
 __all__ = [
     "ITEMS",
@@ -45,7 +45,6 @@ __all__ = [
     "path_of",
     "require",
     "size_text",
-    "state",
     "weights_folder",
 ]
 
@@ -123,12 +122,6 @@ def path_of(key: str, weights: Path) -> Path:
         if other.is_file():
             return other
     return place
-
-
-def state(key: str, weights: Path) -> tuple[Name, str]:
-    """What is at an item's place, and the sentence that says why, as :func:`look` finds it."""
-    found = look(key, weights)
-    return found.name, found.sentence
 
 
 def look(key: str, weights: Path) -> State:
@@ -361,21 +354,13 @@ def _cached_sha256(path: Path, weights: Path) -> str:
     found = path.stat()
     stamp = [found.st_size, found.st_mtime_ns]
     name = path.relative_to(weights).as_posix() if path.is_relative_to(weights) else str(path)
-    cache = _read_cache(weights)
+    cache = read_record(weights / CACHE)
     entry = cache.get(name)
     if isinstance(entry, list) and entry[:2] == stamp and len(entry) == 3:
         return str(entry[2])
     digest = file_sha256(path)
     if weights.is_dir():
-        told = json.dumps({**_read_cache(weights), name: [*stamp, digest]}, indent=1)
+        told = json.dumps({**read_record(weights / CACHE), name: [*stamp, digest]}, indent=1)
         with contextlib.suppress(UserError):  # where it cannot be written, hash anew each time
             atomic_write(weights / CACHE, told.encode())
     return digest
-
-
-def _read_cache(weights: Path) -> Mapping[str, Any]:
-    try:
-        cache = json.loads((weights / CACHE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return cache if isinstance(cache, dict) else {}

@@ -40,9 +40,9 @@ from mla_study.evaluation.vbench.runs.scoring import (
     weights_mode,
     write,
 )
-from mla_study.evaluation.vbench.runs.store import Key, Scored, Scores, question
+from mla_study.evaluation.vbench.runs.store import Key, Scored, Scores
 from mla_study.evaluation.vbench.runs.videos import Problem, Video
-from mla_study.study.runs import Validity
+from mla_study.study.runs import Validity, json_sha256
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,7 +127,7 @@ def run_long(
     for note in dict.fromkeys(note for result in found.values() for note in result.notes):
         say(note)
     frames = {
-        "table": scored, "videos": shown, "clips": table, "averages": _beside(found),
+        "table": scored, "videos": shown, "clips": table, "averages": long.side_by_side(found),
         "drift": drift_table(table, request.model, plan.random),
     }  # fmt: skip
     if frames["drift"].empty:
@@ -160,7 +160,7 @@ def _split(
             "seconds": seconds, "exact": options.exact, "threshold": long.THRESHOLD,
             "semantic": options.semantic,
         }  # fmt: skip
-        key = Key(video.sha256, SPLIT, version_of(SPLIT, {}), question([told, video.name]))
+        key = Key(video.sha256, SPLIT, version_of(SPLIT, {}), json_sha256([told, video.name]))
         folder = request.out / CLIPS / f"{video.sha256[:16]}-{key.question[:8]}"
         job = Job(
             str(len(asked)), video.path.resolve(), video.name, video.prompt,
@@ -235,7 +235,8 @@ def _clip_to_clip(
             content = [clip.video.sha256 for clip in mine]
             told = {"fps": float(mine[0].video.rate), "exact": options.exact}
             out = mine[0].video.path.parent / f"{part}.first.mp4"
-            key = Key(question(content), FIRST_FRAMES, version_of(FIRST_FRAMES, {}), question(told))
+            version = version_of(FIRST_FRAMES, {})
+            key = Key(json_sha256(content), FIRST_FRAMES, version, json_sha256(told))
             job = Job(
                 str(number), mine[0].source.path.resolve(), f"{part}.mp4",
                 more={**told, "clips": paths, "out": str(out)},
@@ -249,7 +250,7 @@ def _clip_to_clip(
         version = version_of(scorer, hashes[dimension])
         asked = list[Question]()
         for first, made in kept(firsts, store):
-            key = Key(first.key.sha256, scorer, version, question({}))
+            key = Key(first.key.sha256, scorer, version, json_sha256({}))
             path = Path(str(made.more["path"]))
             job = Job(first.job.id, path, path.name, more={"part": Path(first.job.name).stem})
             asked.append(Question(scorer, first.video, key, job))
@@ -308,16 +309,6 @@ def averages(
         )
         for exact in (True, False)
     }
-
-
-def _beside(found: Mapping[bool, long.LongScores]) -> pd.DataFrame:
-    theirs, ours = found[True].overall, found[False].overall
-    columns = ["dimension", "value", "clips", "videos", "left_out", "extractor"]
-    both = theirs[[*columns, "in_clip_weight", "clip_to_clip_weight"]].rename(
-        columns={"dimension": "scorer", "value": "upstream"}
-    )
-    both.insert(2, "corrected", ours["value"].to_numpy())
-    return both
 
 
 def _video_rows(found: long.LongScores, clips: pd.DataFrame, seen: Sequence[Video]) -> pd.DataFrame:

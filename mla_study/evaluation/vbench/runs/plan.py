@@ -26,9 +26,9 @@ from mla_study.evaluation.vbench.native import MODULES
 from mla_study.evaluation.vbench.needs import environment, weights
 from mla_study.evaluation.vbench.prompts import Entry
 from mla_study.evaluation.vbench.runs.drive import SCHEMA, Job, Launch
-from mla_study.evaluation.vbench.runs.store import Key, question
+from mla_study.evaluation.vbench.runs.store import Key
 from mla_study.evaluation.vbench.runs.videos import Video
-from mla_study.study.runs import canonical_json, code_hash
+from mla_study.study.runs import code_hash, json_sha256
 
 Mode = Literal["short", "long", "custom"]
 STATIC_FILTER = "static_filter"
@@ -132,7 +132,7 @@ def version_of(scorer: str, hashes: Mapping[str, str]) -> str:
         "weights": dict(hashes),
         "options": options_of(scorer),
     }
-    return hashlib.sha256(canonical_json(made).encode()).hexdigest()
+    return json_sha256(made)
 
 
 def told(scorer: str, video: Video, suite: Mapping[str, Entry]) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def make_plan(
         version = version_of(scorer, hashes)
         for number, video in enumerate(asked[scorer]):
             facts = told(scorer, video, suite)
-            key = Key(video.sha256, scorer, version, question(facts))
+            key = Key(video.sha256, scorer, version, json_sha256(facts))
             job = Job(
                 str(number), video.path.resolve(), video_name(video), video.prompt,
                 facts.get("auxiliary"),

@@ -8,7 +8,6 @@ else the scorer is told). A changed video is thus scored again, and the others a
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import sqlite3
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mla_study.errors import UserError
-from mla_study.study.runs import canonical_json
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -57,11 +55,6 @@ class Scored:
     seconds: float
     rss_mib: float
     more: Mapping[str, Any]
-
-
-def question(told: object) -> str:
-    """Hash of what a scorer is told beside the video."""
-    return hashlib.sha256(canonical_json(told).encode()).hexdigest()
 
 
 class Scores:

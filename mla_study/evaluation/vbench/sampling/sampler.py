@@ -73,9 +73,10 @@ class Sampler:
     def __init__(self, recipe: Recipe, say: Say) -> None:
         import torch
 
+        from mla_study.config import parse_window
         from mla_study.rollout.record import latent_frames
         from mla_study.rollout.resume import weights_digest
-        from mla_study.rollout.setup import ModelChoice, parse_size, parse_window
+        from mla_study.rollout.setup import ModelChoice, parse_size
         from mla_study.rollout.stream import RolloutConfig, whole_chunks
         from mla_study.world.shipped import is_world
 

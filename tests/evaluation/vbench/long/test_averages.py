@@ -157,13 +157,15 @@ def test_thirty_and_sixty_seconds_by_hand() -> None:
     pairs = pd.DataFrame([pair("a-0.mp4", "a-0", 0.8), pair("b-0.mp4", "b-0", 0.4)])
     # published points: 0.80 -> 0.979501010595634, 0.40 -> 0.909197403281584
     a, b = (0.96 + 0.979501010595634) / 2, (0.90 + 0.909197403281584) / 2
-    table = side_by_side(clips, pairs, CONFIGS).set_index("dimension")
+    found = {exact: long_scores(clips, pairs, CONFIGS, exact) for exact in (True, False)}
+    table = side_by_side(found).set_index("scorer")
+    assert list(table.columns[:2]) == ["upstream", "corrected"]
     assert table.loc[SUBJECT, "corrected"] == pytest.approx((a + b) / 2, abs=1e-14)
-    assert table.loc[SUBJECT, "exact"] == pytest.approx((a + 2 * b) / 3, abs=1e-14)
+    assert table.loc[SUBJECT, "upstream"] == pytest.approx((a + 2 * b) / 3, abs=1e-14)
     assert table.loc["imaging_quality", "corrected"] == pytest.approx(0.675, abs=1e-14)
-    assert table.loc["imaging_quality", "exact"] == pytest.approx(0.70, abs=1e-14)
+    assert table.loc["imaging_quality", "upstream"] == pytest.approx(0.70, abs=1e-14)
     assert list(table["left_out"]) == [0, 0]
-    ours = long_scores(clips, pairs, CONFIGS, False)
+    ours = found[False]
     first = ours.videos.iloc[0]
     assert (first["video"], first["clips"], first["terms"]) == ("a-0.mp4", 15, 15 * 31)
     assert first[["in_clip", "clip_to_clip", "mapped", "value"]].tolist() == pytest.approx(

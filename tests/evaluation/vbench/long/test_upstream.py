@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from evaluation.vbench.long.yaml_files import write_yaml
 
 from mla_study.evaluation.vbench.long.averages import (
     EXTRACTORS,
@@ -56,7 +57,7 @@ def ask(*requests: dict[str, Any]) -> list[Any]:
 
 def test_arithmetic(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    options = CONFIGS.write_yaml(tmp_path)
+    options = write_yaml(CONFIGS, tmp_path)
     rows, theirs = list[dict[str, Any]](), list[dict[str, Any]]()
     for video, parts in PARTS.items():
         for part, values in parts.items():

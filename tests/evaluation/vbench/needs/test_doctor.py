@@ -71,17 +71,19 @@ def test_a_file_changes_its_dimension_by_its_size_and_hash(
 ) -> None:
     item = places.small(monkeypatch, "clip_b32", b"weights")
     path = places.put(home, "clip_b32", b"weights")
-    assert weights.state("clip_b32", home) == ("ready", "")
+    found = weights.look("clip_b32", home)
+    assert (found.name, found.sentence) == ("ready", "")
     assert ready(examine(weights=home)) >= {"background_consistency", "appearance_style"}
 
     path.write_bytes(b"WEIGHTS")
-    name, sentence = weights.state("clip_b32", home)
-    assert name == "damaged" and "sha256" in sentence and str(path) in sentence
+    found = weights.look("clip_b32", home)
+    assert found.name == "damaged"
+    assert "sha256" in found.sentence and str(path) in found.sentence
     path.write_bytes(b"weight")
-    name, sentence = weights.state("clip_b32", home)
-    assert name == "damaged" and "6 bytes instead of 7" in sentence
+    found = weights.look("clip_b32", home)
+    assert found.name == "damaged" and "6 bytes instead of 7" in found.sentence
     path.write_bytes(b"<html>no")
-    assert "a web page" in weights.state("clip_b32", home)[1]
+    assert "a web page" in weights.look("clip_b32", home).sentence
     report = examine(weights=home, dimensions=("background_consistency",), trust=True)
     assert not report.ready, "the user's word does not mend a published hash"
     assert item.sha256 is not None and item.sha256 in text(report)
@@ -165,10 +167,10 @@ def test_random_weights_say_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_code_of_another_revision_needs_the_users_word(home: Path) -> None:
     hub = home / ITEMS["dino_hub"].place
     hub.mkdir(parents=True)
-    assert weights.state("dino_hub", home)[0] == "damaged"
+    assert weights.look("dino_hub", home).name == "damaged"
     (hub / "hubconf.py").write_text("import os\n")
-    name, sentence = weights.state("dino_hub", home)
-    assert name == "unknown" and "revision 7c446df5" in sentence
+    found = weights.look("dino_hub", home)
+    assert found.name == "unknown" and "revision 7c446df5" in found.sentence
 
 
 def test_detectron2_may_be_a_checkout_installed_or_below_the_weights(

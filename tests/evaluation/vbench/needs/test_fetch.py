@@ -61,7 +61,7 @@ def test_a_file_comes_to_its_place_once(server: places.Files, amt: str, tmp_path
     assert get(server, tmp_path, "motion_smoothness")
     assert place(tmp_path).read_bytes() == BODY
     assert left(tmp_path) == ["amt-s.pth"]
-    assert weights.state("amt_s", tmp_path)[0] == "ready"
+    assert weights.look("amt_s", tmp_path).name == "ready"
     assert get(server, tmp_path, "motion_smoothness")
     assert server.asked == [(amt, None)]
 
@@ -198,7 +198,7 @@ def test_code_is_unpacked_at_its_revision(
     to = tmp_path / "w"
     assert get(server, to, "subject_consistency")
     assert left(to) == ["dino_vitbase16_pretrain.pth", "hubconf.py", "x.md"]
-    assert weights.state("dino_hub", to)[0] == "ready"
+    assert weights.look("dino_hub", to).name == "ready"
 
     (place(to, "dino_hub") / "hubconf.py").unlink()
     server.content[path] = zipped({"dino-7c446/hubconf.py": b"a = 2\n"})
