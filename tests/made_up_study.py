@@ -112,7 +112,14 @@ def _scores(about: dict[str, Any], level: float) -> Rows:
     }  # fmt: skip
     scopes = ("first",) if about["clips"] == 1 else ("first", "last", "all")
     return [
-        {**about, "scope": scope, "metric": name, "value": value, "se": 0.02, "n": 256}
+        {
+            **about,
+            "scope": scope,
+            "metric": name,
+            "value": value,
+            "se": 0.0005 if name == "iou" else 0.02,
+            "n": 256,
+        }
         for scope in scopes
         for name, value in values.items()
     ]

@@ -2,7 +2,7 @@
 
 A value of one run has a sampling error (``se``, over its videos); runs of one configuration differ
 by their seed. Means over seeds carry the larger of both standard errors (:func:`over_seeds`).
-Comparisons are paired by seed, with 95 % intervals (:func:`interval`).
+Comparisons are paired by seed, with 95 % intervals (:func:`interval`) that hold both errors too.
 """
 
 from __future__ import annotations
@@ -52,14 +52,18 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 def interval(values: np.ndarray, sampling: float = float("nan")) -> tuple[float, float, float]:
     """Mean of a value a seed and its 95 % interval: Student's t over seeds.
 
+    Few seeds may agree by chance: the interval is no narrower than the values' own errors make it.
+
     Args:
-        values: [S]. sampling: standard error of the value where S = 1; NaN gives no interval then.
+        values: [S].
+        sampling: standard error of the mean by those errors; NaN where it is not known, which
+            leaves one seed without an interval.
     """
     mean, count = float(values.mean()), len(values)
+    between = float("nan")
     if count > 1:
-        half = float(stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5)
-    else:
-        half = 1.96 * sampling
+        between = float(stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5)
+    half = float(np.fmax(between, 1.96 * sampling))
     return mean, mean - half, mean + half
 
 
@@ -67,7 +71,8 @@ def paired(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, flo
     """Mean of first - second over the seeds that both have, its 95 % interval, and their number.
 
     Args:
-        first, second: a row a seed with ``value``, and ``se`` (used for a single seed only).
+        first, second: a row a seed with ``value``, and ``se`` over its videos, taken as those of
+            independent ones. That both models saw the same prompts makes the truth no larger.
 
     Raises:
         UserError: no seed is in both.
@@ -78,7 +83,8 @@ def paired(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, flo
         raise UserError("no seed is in both of what is compared: finish the study")
     sampling = float("nan")
     if "se" in both and "se_2" in both:
-        sampling = float(np.hypot(both["se"].iloc[0], both["se_2"].iloc[0]))
+        errors = both[["se", "se_2"]].to_numpy(float)
+        sampling = float(np.sqrt(np.square(errors).sum()) / len(both))
     difference = (both["value"] - both["value_2"]).to_numpy(float)
     return (*interval(difference, sampling), len(both))
 

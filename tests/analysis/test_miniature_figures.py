@@ -59,46 +59,6 @@ def one(frame: pd.DataFrame, **where: object) -> pd.Series:
     return found.iloc[0]
 
 
-def test_means_over_seeds_carry_the_larger_error(seed: int) -> None:
-    values = np.random.default_rng(seed).normal(size=3)
-    frame = pd.DataFrame({"k": "a", "seed": range(3), "value": values, "se": [0.0, 0.0, 0.0]})
-    found = one(miniature.over_seeds(frame, ["k"]), k="a")
-    np.testing.assert_allclose(found["value"], values.mean(), rtol=1e-6)
-    np.testing.assert_allclose(found["se"], values.std(ddof=1) / 3**0.5, rtol=1e-6)
-    found = one(miniature.over_seeds(frame.assign(se=[30.0, 40.0, 0.0]), ["k"]), k="a")
-    np.testing.assert_allclose(found["se"], 50 / 3, rtol=1e-6)
-    single = miniature.over_seeds(frame[:1].assign(se=0.25), ["k"])
-    assert single["se"][0] == 0.25 and single["seeds"][0] == 1
-    with pytest.raises(UserError, match="several runs of one seed"):
-        miniature.over_seeds(frame.assign(seed=0), ["k"])
-
-
-def test_differences_are_paired_by_seed(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    first, second = rng.normal(size=4), rng.normal(size=4)
-    one_ = pd.DataFrame({"seed": [0, 1, 2, 3, 7], "value": [*first, 5.0]})
-    other = pd.DataFrame({"seed": [3, 2, 1, 0], "value": second[::-1]})
-    mean, low, high, count = miniature.paired(one_, other)
-    want = stats.ttest_rel(first, second).confidence_interval(0.95)
-    np.testing.assert_allclose([low, high], [want.low, want.high])
-    np.testing.assert_allclose(mean, (first - second).mean())
-    assert count == 4
-    with pytest.raises(UserError, match="no seed is in both"):
-        miniature.paired(one_, other.assign(seed=[10, 11, 12, 13]))
-
-
-def test_rank_correlations_and_their_resamples(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    x, y = rng.integers(0, 5, 12).astype(float), rng.normal(size=12)
-    rho, draws = miniature.spearman(x, y, list("aabbccddeeff"), draws=50)
-    want = stats.spearmanr(x, y)
-    np.testing.assert_allclose(rho, want.statistic)  # type: ignore[attr-defined]
-    assert draws.shape == (50,) and np.nanstd(draws) > 0
-    # whole groups: of one group every resample is the sample
-    np.testing.assert_allclose(miniature.spearman(x, y, ["a"] * 12, draws=3)[1], rho)
-    assert np.isnan(miniature.spearman(np.ones(12), y, list("aabbccddeeff"))[0])
-
-
 def test_steps_to_a_loss() -> None:
     # log loss falls linearly in log(1 + step): loss = (1 + step)^-2
     steps = np.array([0, 4, 20, 100])
