@@ -138,7 +138,9 @@ def test_questions_are_answered_by_their_intervals(tables: dict[str, pd.DataFram
     assert verdicts["activation, no-clean-pass: all correct, 10x"] == "costs more than 0.05"
     assert verdicts["activation, int8-token: IoU, 10x"] == "costs less than 0.05"
     row = one(found, quantity="activation, history-0: IoU, 10x")
-    np.testing.assert_allclose(row[["value", "low", "high"]].astype(float), -0.15, rtol=1e-6)
+    half = 1.96 * 0.0005 * (2 / 3) ** 0.5
+    want = [-0.15, -0.15 - half, -0.15 + half]
+    np.testing.assert_allclose(row[["value", "low", "high"]].astype(float), want, rtol=1e-6)
     # noise between seeds takes the verdict away
     scores = tables["scores"].copy()
     noisy = (scores["init"] == "activation") & (scores["seed"] == 1)
