@@ -183,10 +183,9 @@ def flow_matching_loss(
     error = (predicted - target).square().mean(dim=(1, 3, 4))
     if weight is None:
         return error.mean()
-    if flow.ndim == 4 and weight.ndim == 1:
-        weight = weight[:, None]
-    require_shape("weight", weight, tuple(error.shape), "one a frame")
-    return (weight.to(error) * error).mean()
+    single = flow.ndim == 4 and weight.ndim == 1
+    require_shape("weight", weight, error.shape[: 1 if single else 2], "one a frame")
+    return (weight.to(error).reshape(error.shape) * error).mean()
 
 
 def weighted_loss(
