@@ -3,7 +3,9 @@
 x_t = (1 - sigma) x0 + sigma noise, flow = noise - x0, and a timestep is t = 1000 sigma (method,
 section "Training"). A timestep tensor is a scalar, one a sample [B], or one a frame [B, F] of
 latents [B, C, F, height, width]; its dtype is float32 or float64, for bfloat16 cannot tell 937.5
-from 936. Shapes: B batch, F latent frames, N entries of a table.
+from 936. A number, or integers, do as well. Timesteps lie in 0 .. 1000: others and NaN are refused
+where they are on the CPU, and give NaN where they are on a GPU. Shapes: B batch, F latent frames,
+N entries of a table.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mla_study.errors import UserError
-
-TRAIN_TIMESTEPS = 1000
+from mla_study.rollout.checks import TRAIN_TIMESTEPS, require_like, timesteps
 
 Lookup = Literal["exact", "table"]
 """How a timestep becomes a sigma. ``exact``: t / 1000, so that t = 0 is a clean latent. ``table``:
@@ -40,10 +41,13 @@ def shifted_sigma(u: Tensor | float, shift: float) -> Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-def shifted_timesteps(t: Tensor, shift: float) -> Tensor:
-    """Uniform timesteps 0 .. 1000 moved to the noise levels of ``shift``; float64, shape kept."""
-    _wide(t)
-    return TRAIN_TIMESTEPS * shifted_sigma(t.double() / TRAIN_TIMESTEPS, shift)
+def shifted_timesteps(t: Tensor | float, shift: float) -> Tensor:
+    """Uniform timesteps 0 .. 1000 moved to the noise levels of ``shift``; float64, shape kept.
+
+    Raises:
+        UserError: timesteps as in :func:`sigma_at`, or a shift that is not positive.
+    """
+    return TRAIN_TIMESTEPS * shifted_sigma(timesteps(t).double() / TRAIN_TIMESTEPS, shift)
 
 
 def sigma_table(
@@ -81,48 +85,76 @@ def warped_steps(steps: Sequence[float], shift: float) -> Float[Tensor, " N"]:
     return shifted_timesteps(given, shift)
 
 
-def sigma_at(t: Tensor, lookup: Lookup = "exact", shift: float = 5.0) -> Tensor:
+def sigma_at(
+    t: Tensor | float, lookup: Lookup = "exact", shift: float = 5.0, name: str = "t"
+) -> Tensor:
     """Noise level of timesteps of any shape; float64.
 
+    Args:
+        t: timesteps 0 .. 1000, which messages call ``name``.
+        shift: of the table; the ``exact`` look-up has none.
+
     Raises:
-        UserError: timesteps in a 16-bit dtype.
+        UserError: an unknown look-up; timesteps in a 16-bit dtype, NaN or outside 0 .. 1000.
     """
-    _wide(t)
+    if lookup not in get_args(Lookup):
+        raise UserError(f"look-up '{lookup}': give {' or '.join(get_args(Lookup))}")
+    times = timesteps(t, name).double()
     if lookup == "exact":
-        return t.double() / TRAIN_TIMESTEPS
-    table = sigma_table(shift).to(t.device)
-    return table[_nearest(t, TRAIN_TIMESTEPS * table)]
+        return times / TRAIN_TIMESTEPS
+    table = sigma_table(shift).to(times.device)
+    return _entries(table, times, TRAIN_TIMESTEPS * table)
 
 
 def add_noise(
-    x0: Tensor, noise: Tensor, t: Tensor, shift: float = 5.0, lookup: Lookup = "exact"
+    x0: Tensor, noise: Tensor, t: Tensor | float, shift: float = 5.0, lookup: Lookup = "exact"
 ) -> Tensor:
     """(1 - sigma) x0 + sigma noise in the dtype of ``x0``; computed in float32 at least.
 
     Args:
         x0, noise: clean latents and Gaussian noise, of equal shape [B, ...].
-        t: timesteps, see the module's text; ``shift`` matters to the ``table`` look-up only.
+        t: timesteps, a scalar, [B] or [B, F], see the module's text; ``shift`` matters to the
+            ``table`` look-up only.
+
+    Raises:
+        UserError: unequal shapes, timesteps that do not fit them, and as in :func:`sigma_at`.
     """
+    require_like(x0, "x0", noise=noise)
     sigma = over_latents(sigma_at(t, lookup, shift), x0)
     return ((1 - sigma) * x0.to(sigma.dtype) + sigma * noise.to(sigma.dtype)).to(x0.dtype)
 
 
 def x0_from_flow(
-    x_t: Tensor, flow: Tensor, t: Tensor, shift: float = 5.0, lookup: Lookup = "exact"
+    x_t: Tensor, flow: Tensor, t: Tensor | float, shift: float = 5.0, lookup: Lookup = "exact"
 ) -> Tensor:
-    """x_t - sigma flow: the clean latent that a flow prediction means, in the dtype of ``x_t``."""
+    """x_t - sigma flow: the clean latent that a flow prediction means, in the dtype of ``x_t``.
+
+    Args:
+        x_t, flow: the model's input and its prediction, of equal shape [B, ...].
+        t, shift, lookup: as in :func:`add_noise`.
+
+    Raises:
+        UserError: as in :func:`add_noise`.
+    """
+    require_like(x_t, "x_t", flow=flow)
     sigma = over_latents(sigma_at(t, lookup, shift), x_t)
     return (x_t.to(sigma.dtype) - sigma * flow.to(sigma.dtype)).to(x_t.dtype)
 
 
 def flow_from_x0(
-    x_t: Tensor, x0: Tensor, t: Tensor, shift: float = 5.0, lookup: Lookup = "exact"
+    x_t: Tensor, x0: Tensor, t: Tensor | float, shift: float = 5.0, lookup: Lookup = "exact"
 ) -> Tensor:
     """(x_t - x0) / sigma, in the dtype of ``x_t``.
 
+    Args:
+        x_t, x0: noisy latents and the clean ones they mean, of equal shape [B, ...].
+        t, shift, lookup: as in :func:`add_noise`.
+
     Raises:
-        UserError: a timestep whose sigma is 0, where any flow gives the same x0.
+        UserError: a timestep whose sigma is 0, where any flow gives the same x0; and as in
+            :func:`add_noise`.
     """
+    require_like(x_t, "x_t", x0=x0)
     levels = sigma_at(t, lookup, shift)
     if bool((levels == 0).any()):
         raise UserError("the flow at timestep 0 does not follow from x0: ask at t > 0")
@@ -131,7 +163,12 @@ def flow_from_x0(
 
 
 def flow_target(x0: Tensor, noise: Tensor) -> Tensor:
-    """noise - x0: what a model of the flow is trained to predict."""
+    """noise - x0: what a model of the flow is trained to predict.
+
+    Raises:
+        UserError: unequal shapes.
+    """
+    require_like(x0, "x0", noise=noise)
     return noise - x0
 
 
@@ -146,11 +183,15 @@ def bell_weights(shift: float, steps: int = TRAIN_TIMESTEPS) -> Float[Tensor, " 
     return bell * (steps / bell.sum())
 
 
-def bell_weight_at(t: Tensor, shift: float = 5.0) -> Tensor:
-    """:func:`bell_weights` at the table's entry nearest to each timestep; float64, shape kept."""
-    _wide(t)
-    table = timestep_table(shift).to(t.device)
-    return bell_weights(shift).to(t.device)[_nearest(t, table)]
+def bell_weight_at(t: Tensor | float, shift: float = 5.0) -> Tensor:
+    """:func:`bell_weights` at the table's entry nearest to each timestep; float64, shape kept.
+
+    Raises:
+        UserError: timesteps as in :func:`sigma_at`.
+    """
+    times = timesteps(t).double()
+    table = timestep_table(shift).to(times.device)
+    return _entries(bell_weights(shift).to(times.device), times, table)
 
 
 def guide(cond: Tensor, uncond: Tensor, weight: float, convention: Convention) -> Tensor:
@@ -159,7 +200,11 @@ def guide(cond: Tensor, uncond: Tensor, weight: float, convention: Convention) -
     ``from_cond``: cond + w (cond - uncond), no guidance at w = 0 (distribution matching's "CFG 3").
     ``from_uncond``: uncond + w (cond - uncond), none at w = 1 (samplers, consistency code). So
     w in the first is w + 1 in the second.
+
+    Raises:
+        UserError: another convention, predictions of unequal shapes.
     """
+    require_like(cond, "cond", uncond=uncond)
     if convention not in get_args(Convention):
         raise UserError(f"guidance convention '{convention}': give from_cond or from_uncond")
     start = cond if convention == "from_cond" else uncond
@@ -241,23 +286,19 @@ def _scheduler(name: str, sigmas: Tensor, shift: float) -> Any:
     return made
 
 
-def _wide(t: Tensor) -> None:
-    if t.dtype in (torch.bfloat16, torch.float16):
-        raise UserError(
-            f"timesteps came in {str(t.dtype).removeprefix('torch.')}, which cannot hold them: "
-            "give float32"
-        )
+def _entries(values: Tensor, t: Tensor, table: Tensor) -> Tensor:
+    """The values beside the entries of ``table`` nearest to ``t``; NaN has none and stays."""
+    nearest = (t[..., None] - table).abs().argmin(-1)
+    return torch.where(t.isnan(), t, values[nearest])
 
 
-def _nearest(t: Tensor, table: Tensor) -> Tensor:
-    return (t.double()[..., None] - table).abs().argmin(-1)
-
-
-def over_latents(sigma: Tensor, x: Tensor) -> Tensor:
+def over_latents(sigma: Tensor, x: Tensor, name: str = "t") -> Tensor:
     """Noise levels shaped to broadcast over latents ``x``; float32 at least.
 
     Args:
-        sigma: a scalar, one a sample [B], or one a frame [B, F] of [B, C, F, height, width].
+        sigma: a scalar, one a sample [B], or one a frame [B, F] of [B, C, F, height, width]; each
+            sample of [N, C, height, width] is one frame, so that [N, 1] fits it.
+        name: what the message calls the timesteps.
 
     Raises:
         UserError: a shape that does not fit ``x``.
@@ -265,12 +306,15 @@ def over_latents(sigma: Tensor, x: Tensor) -> Tensor:
     sigma = sigma.to(x.device, torch.promote_types(x.dtype, torch.float32))
     if sigma.ndim == 0:
         return sigma
-    if sigma.ndim in (1, 2) and sigma.shape[0] in (1, x.shape[0]):
+    if sigma.ndim in (1, 2) and x.ndim > 0 and sigma.shape[0] in (1, x.shape[0]):
         if sigma.ndim == 1:
             return sigma.reshape(-1, *(1 for _ in x.shape[1:]))
         if x.ndim == 5 and sigma.shape[1] in (1, x.shape[2]):
             return sigma[:, None, :, None, None]
+        if x.ndim == 4 and sigma.shape[1] == 1:
+            return sigma[:, :, None, None]
     raise UserError(
-        f"timesteps of shape {list(sigma.shape)} do not fit latents of shape {list(x.shape)}: "
-        "give one, one a sample [B], or one a frame [B, F] of latents [B, C, F, height, width]"
+        f"timesteps {name} of shape {list(sigma.shape)} do not fit latents of shape "
+        f"{list(x.shape)}: give one, one a sample [B], or one a frame [B, F] of latents "
+        "[B, C, F, height, width]"
     )

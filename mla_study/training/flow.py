@@ -5,8 +5,10 @@ x_t = (1 - sigma) x0 + sigma noise with sigma = t / 1000, flow = noise - x0 (met
 
 Shapes: B batch, C channels, F latent frames, height x width of the latent. Latents are
 [B, C, F, height, width] of any floating dtype, normalised by the codec; losses are computed in
-float32 at least. A timestep tensor ``t`` is float32 or float64 on the scale 0 .. 1000,
-where 0 is a clean latent: a scalar, one a sample [B], or one a frame [B, F].
+float32 at least. They take [N, C, height, width] too, where each of N samples is one frame; what
+is a mean over a sample is then one over a frame. A timestep tensor ``t`` is float32 or float64 on
+the scale 0 .. 1000, where 0 is a clean latent: a number, a scalar, one a sample [B], or one a frame
+[B, F] ([N] or [N, 1] of single frames). Nothing is broadcast but timesteps and masks.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from mla_study.errors import UserError
 from mla_study.kernels.masks import chunks_of
+from mla_study.rollout.checks import Latents, as_clips, require_like, require_shape, timesteps
 from mla_study.rollout.sampler import (
     TRAIN_TIMESTEPS,
     Convention,
@@ -61,19 +64,23 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def per_frame(t: Tensor, batch: int, frames: int) -> Float[Tensor, "{batch} {frames}"]:
-    """Timesteps, given as a scalar, [B] or [B, F], spelt out for every frame; dtype kept.
+def per_frame(
+    t: Tensor | float, batch: int, frames: int, name: str = "t"
+) -> Float[Tensor, "{batch} {frames}"]:
+    """Timesteps, given as a scalar, [B] or [B, F], spelt out for every frame.
+
+    Floating dtypes are kept, numbers and integers become float64; messages call them ``name``.
 
     Raises:
-        UserError: a 16-bit dtype, or a shape that does not fit.
+        UserError: a 16-bit dtype, a shape that does not fit, NaN or outside 0 .. 1000.
     """
-    sigma_at(t)  # refuses what cannot hold a timestep
+    t = timesteps(t, name)
     spread = t[:, None] if t.ndim == 1 else t
     sizes = spread.shape
     if len(sizes) > 2 or any(n not in (1, m) for n, m in zip(sizes, (batch, frames), strict=False)):
         raise UserError(
-            f"timesteps of shape {list(t.shape)} do not fit {batch} samples of {frames} frames: "
-            "give one, one a sample, or one a frame"
+            f"timesteps {name} of shape {list(t.shape)} do not fit {batch} samples of {frames} "
+            "frames: give one, one a sample, or one a frame"
         )
     return spread.expand(batch, frames)
 
@@ -133,12 +140,15 @@ def block_timesteps(
     return shifted_timesteps(drawn.double(), shift).float()
 
 
-def loss_weights(t: Tensor, shift: float, weighting: Weighting) -> Tensor:
+def loss_weights(t: Tensor | float, shift: float, weighting: Weighting) -> Tensor:
     """Weights of timesteps in the flow-matching loss; float64, the shape of ``t``.
 
     Args:
         t: timesteps of any shape.
         shift: shift of the table over which ``bell`` has mean 1.
+
+    Raises:
+        UserError: another weighting; timesteps in 16 bits, NaN or outside 0 .. 1000.
     """
     if weighting not in get_args(Weighting):
         raise UserError(f"loss weighting '{weighting}': give {' or '.join(get_args(Weighting))}")
@@ -148,10 +158,10 @@ def loss_weights(t: Tensor, shift: float, weighting: Weighting) -> Tensor:
 
 
 def flow_matching_loss(
-    flow: Float[Tensor, "B C F height width"],
-    x0: Float[Tensor, "B C F height width"],
-    noise: Float[Tensor, "B C F height width"],
-    weight: Float[Tensor, "B F"] | None = None,
+    flow: Latents,
+    x0: Latents,
+    noise: Latents,
+    weight: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, ""]:
     """mean over samples and frames of w |flow - (noise - x0)|^2, a mean over C, height, width.
 
@@ -159,29 +169,45 @@ def flow_matching_loss(
     ``noise`` are data: no gradient flows into them.
 
     Args:
-        flow: the model's prediction at x_t, any floating dtype.
-        x0, noise: the clean latent and the Gaussian noise that made x_t.
-        weight: a weight a frame; None: all 1.
+        flow: the model's prediction at x_t, [B, C, F, height, width] or [N, C, height, width], any
+            floating dtype.
+        x0, noise: the clean latent and the Gaussian noise that made x_t, of that shape.
+        weight: a weight a frame, [B, F] ([N] or [N, 1] of single frames); None: all 1.
+
+    Raises:
+        UserError: a shape that is none of latents, or differs from the one wanted.
     """
-    target = flow_target(wide(x0.detach()), wide(noise.detach()))
-    error = (wide(flow) - target).square().mean(dim=(1, 3, 4))
-    return error.mean() if weight is None else (weight.to(error) * error).mean()
+    require_like(flow, "flow", x0=x0, noise=noise)
+    predicted = as_clips(wide(flow), "flow")
+    target = as_clips(flow_target(wide(x0.detach()), wide(noise.detach())), "x0")
+    error = (predicted - target).square().mean(dim=(1, 3, 4))
+    if weight is None:
+        return error.mean()
+    single = flow.ndim == 4 and weight.ndim == 1
+    require_shape("weight", weight, error.shape[: 1 if single else 2], "one a frame")
+    return (weight.to(error).reshape(error.shape) * error).mean()
 
 
 def weighted_loss(
-    flow: Float[Tensor, "B C F height width"],
-    x0: Float[Tensor, "B C F height width"],
-    noise: Float[Tensor, "B C F height width"],
-    t: Tensor,
+    flow: Latents,
+    x0: Latents,
+    noise: Latents,
+    t: Tensor | float,
     shift: float,
     weighting: Weighting,
 ) -> Float[Tensor, ""]:
     """:func:`flow_matching_loss` with the weights of its timesteps.
 
     Args:
-        flow: the prediction at (1 - sigma) x0 + sigma noise.
-        t: timesteps of that input: a scalar, [B] or [B, F].
+        flow: the prediction at (1 - sigma) x0 + sigma noise, [B, C, F, height, width] or
+            [N, C, height, width].
+        x0, noise: the clean latent and the noise, of the shape of ``flow``.
+        t: timesteps of that input: a scalar, [B] or [B, F] ([N] or [N, 1] of single frames).
         shift: timestep shift of the table over which the ``bell`` weights have mean 1.
+
+    Raises:
+        UserError: as in :func:`flow_matching_loss`, :func:`per_frame` and :func:`loss_weights`.
     """
-    weight = loss_weights(per_frame(t, flow.shape[0], flow.shape[2]), shift, weighting)
+    batch, _, frames = as_clips(flow, "flow").shape[:3]
+    weight = loss_weights(per_frame(t, batch, frames), shift, weighting)
     return flow_matching_loss(flow, x0, noise, weight)

@@ -27,7 +27,14 @@ from mla_study.model.transformer import WanTransformer
 from mla_study.training.batch import Data, Draws
 from mla_study.training.checkpoint import Checkpoints, whole_state
 from mla_study.training.fit import require_fit
-from mla_study.training.objective import Objective, Role, Roles, make_objective
+from mla_study.training.objective import (
+    TRAINED,
+    Objective,
+    Role,
+    Roles,
+    make_objective,
+    require_loss,
+)
 from mla_study.training.optimisers import make_optimisers, set_rates
 from mla_study.training.ranks import Ranks, accumulating
 from mla_study.training.recipe import Optimiser, Stage
@@ -126,7 +133,7 @@ class Trainer:
         for role in roles_of(stage, self.objective):
             source = teacher if role in ("teacher", "fake_score") else run.start
             model = copy.deepcopy(source).to(self.ranks.device, torch.float32)
-            model.train().requires_grad_(role in ("generator", "fake_score"))
+            model.train().requires_grad_(role in TRAINED)
             model.recompute = stage.recompute
             if stage.compile:
                 compile_blocks(model)
@@ -213,7 +220,8 @@ class Trainer:
             batch = self.run.data.batch(piece).to(self.ranks.device)
             draws = Draws(stage.seed, piece, number, self.ranks.device)
             with accumulating(model, piece is pieces[-1]):
-                found = self.objective.loss(role, self.roles, batch, draws)
+                made = self.objective.loss(role, self.roles, batch, draws)
+                found = require_loss(made, stage.objective, role)
                 weight = len(piece) / len(mine)
                 (found["loss"] * weight).backward()
             for name, value in found.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import sys
 from abc import ABC, abstractmethod
@@ -28,6 +29,8 @@ from mla_study.training.batch import Batch, Draws
 
 Role = Literal["generator", "teacher", "fake_score", "ema"]
 ROLES: tuple[Role, ...] = get_args(Role)
+TRAINED: tuple[Role, ...] = ("generator", "fake_score")
+"""Roles that gradients reach; the others are constants or follow."""
 PACKAGE = "mla_study.training.objectives"
 
 
@@ -49,11 +52,14 @@ class Roles:
         """The model of a role.
 
         Raises:
-            ValueError: the objective did not name it.
+            UserError: there is none of that name, or the objective did not name it.
         """
-        model = getattr(self, role)
+        model = self.named().get(role)
         if model is None:
-            raise ValueError(f"the objective uses the role '{role}' without naming it in `roles`")
+            raise UserError(
+                f"the objective asks for the role '{role}', which is not there: name it in "
+                f"`roles`, of {', '.join(ROLES)}"
+            )
         return model
 
     def named(self) -> dict[Role, WanTransformer]:
@@ -79,7 +85,11 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, turn: Role, roles: Roles, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Scalars by name: ``loss`` is minimised in the role ``turn``, all are logged."""
+        """Scalars by name: ``loss`` is minimised in the role ``turn``, all are logged.
+
+        The trainer refuses what is no dict of tensors of shape [], has no ``loss``, or whose
+        ``loss`` carries no gradient (:func:`require_loss`).
+        """
 
 
 def both_flows(
@@ -124,12 +134,71 @@ def objective_class(name: str) -> type[Objective]:
         raise UserError(
             f"{name} defines no OBJECTIVE, a subclass of mla_study.training.objective.Objective"
         )
+    if inspect.isabstract(found):
+        raise UserError(
+            f"{name}: {found.__name__} defines no loss(self, turn, roles, batch, draws)"
+        )
     return found
 
 
 def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:
-    """The objective with these options; unknown ones and wrong types are told as config's are."""
-    return from_dict(dict(options or {}), objective_class(name), f"objective {name}")
+    """The objective with these options; unknown ones and wrong types are told as config's are.
+
+    Raises:
+        UserError: also where ``roles`` or ``turns()`` name what no objective can have.
+    """
+    made = from_dict(dict(options or {}), objective_class(name), f"objective {name}")
+    _require_roles(made, name)
+    return made
+
+
+def _require_roles(objective: Objective, name: str) -> None:
+    roles: object = objective.roles
+    listed = ", ".join(ROLES)
+    if not isinstance(roles, tuple | list):
+        raise UserError(
+            f"objective {name}: roles is {roles!r}, but a tuple is wanted, such as ('teacher',), "
+            f"of {listed}"
+        )
+    if unknown := [role for role in roles if role not in ROLES]:
+        raise UserError(f"objective {name}: roles names {unknown[0]!r}; there are {listed}")
+    turns: object = objective.turns()
+    trained = [role for role in ("generator", *roles) if role in TRAINED]
+    if not isinstance(turns, tuple | list) or not turns or any(t not in trained for t in turns):
+        raise UserError(
+            f"objective {name}: turns() gives {turns!r}, but a tuple of roles that are trained and "
+            f"named in `roles` is wanted, here of {', '.join(dict.fromkeys(trained))}"
+        )
+
+
+def require_loss(found: object, name: str, turn: Role) -> dict[str, Tensor]:
+    """What an objective's ``loss`` gave, where the trainer can use it.
+
+    Args:
+        found: what it gave.
+        name: the objective's, for the message.
+        turn: the role that is trained.
+
+    Raises:
+        UserError: no dict of scalars, none called ``loss``, or one without a gradient.
+    """
+    where = f"objective {name}, in the {turn}'s turn: loss()"
+    wanted = 'return {"loss": a tensor of shape [] made of that role\'s output, ...}'
+    if not isinstance(found, Mapping):
+        raise UserError(f"{where} gave {type(found).__name__}, but a dict is wanted: {wanted}")
+    if "loss" not in found:
+        keys = ", ".join(map(repr, found)) or "nothing"
+        raise UserError(f"{where} gave {keys} and no 'loss': {wanted}")
+    for key, value in found.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise UserError(f"{where} gave {what} for {key!r}, but it logs scalars: {wanted}")
+    if not found["loss"].requires_grad:
+        raise UserError(
+            f"{where} gave a 'loss' that carries no gradient, as after detach() or under no_grad: "
+            f"{wanted}"
+        )
+    return dict(found)
 
 
 def _from_file(path: Path) -> Any:

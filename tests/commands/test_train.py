@@ -108,6 +108,22 @@ def test_a_further_objective_is_the_file_that_the_readme_shows(
     assert "cannot be run (ModuleNotFoundError" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", ['return {"lost": 3}', "return {}", "roles = ('judge',)"])
+def test_a_file_that_cannot_be_trained_is_one_sentence(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, body = tmp_path / "mine.py", "    def loss(self, turn, roles, batch, draws):\n        "
+    body = f"    {line}\n{body}return {{}}\n" if "roles" in line else f"{body}{line}\n"
+    own.write_text(
+        "from mla_study.training.objective import Objective\n\n"
+        f"class Mine(Objective):\n{body}\nOBJECTIVE = Mine\n"
+    )
+    assert train(str(own), tmp_path / "run", "--start", "shipped:teacher") == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    wanted = "names 'judge'; there are generator" if "roles" in line else "and no 'loss': return {"
+    assert last.startswith(f"mla-study: objective {own}") and wanted in last
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

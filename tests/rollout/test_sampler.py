@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,59 @@ def test_timesteps_are_kept_out_of_sixteen_bits(dtype: torch.dtype) -> None:
     for call in (s.sigma_at, s.bell_weight_at, lambda t: s.shifted_timesteps(t, 5)):
         with pytest.raises(UserError, match="float32"):
             call(torch.tensor([937.5], dtype=dtype))
+
+
+@pytest.mark.parametrize("lookup", ["exact", "table"])
+def test_times_may_be_numbers_and_lie_in_the_range(lookup: s.Lookup) -> None:
+    x0, noise = torch.randn(3, 2, 5, 1, 7), torch.randn(3, 2, 5, 1, 7)
+    for t in (250, 937.5, torch.tensor([250, 3, 1000])):
+        same = torch.as_tensor(t, dtype=torch.float64).expand(3)
+        assert torch.equal(
+            s.add_noise(x0, noise, t, 5, lookup), s.add_noise(x0, noise, same, 5, lookup)
+        )
+    for wrong in (1500.0, -5.0, float("nan")):
+        for t in (wrong, torch.tensor([3.0, wrong, 4.0])):
+            for call in (
+                lambda t: s.add_noise(x0, noise, t, 5, lookup),
+                lambda t: s.x0_from_flow(x0, noise, t, 5, lookup),
+                lambda t: s.flow_from_x0(x0, noise, t, 5, lookup),
+                s.bell_weight_at,
+                lambda t: s.shifted_timesteps(t, 5),
+            ):
+                with pytest.raises(
+                    UserError, match=r"timesteps t hold (1500|-5|nan), but they lie"
+                ):
+                    call(t)
+
+
+def test_an_unknown_look_up_is_refused() -> None:
+    # without the checker of the test run, which would refuse it first
+    sigma_at = inspect.unwrap(s.sigma_at)
+    with pytest.raises(UserError, match="look-up 'foo': give exact or table"):
+        sigma_at(torch.tensor(3.0), "foo")
+
+
+def test_nothing_is_broadcast_but_times() -> None:
+    x, one = torch.randn(3, 2, 5, 1, 7), torch.randn(1, 2, 5, 1, 7)
+    for name, call in {
+        "noise": lambda: s.add_noise(x, one, 3.0),
+        "flow": lambda: s.x0_from_flow(x, one, 3.0),
+        "x0": lambda: s.flow_from_x0(x, one, 3.0),
+        "uncond": lambda: s.guide(x, one, 3.0, "from_cond"),
+    }.items():
+        with pytest.raises(UserError, match=rf"^{name} has shape \[1, 2, 5, 1, 7\], but \[3, 2, 5"):
+            call()
+    with pytest.raises(UserError, match=r"^noise has shape \[3, 2, 5, 1, 7\], but \[1, 2"):
+        s.flow_target(one, x)
+
+
+def test_single_frames_have_a_time_each() -> None:
+    x0, noise, t = torch.randn(3, 2, 5, 7), torch.randn(3, 2, 5, 7), torch.rand(3) * 1000
+    mine = s.add_noise(x0, noise, t)
+    assert torch.equal(mine, s.add_noise(x0[:, :, None], noise[:, :, None], t)[:, :, 0])
+    assert torch.equal(mine, s.add_noise(x0, noise, t[:, None]))
+    with pytest.raises(UserError, match=r"timesteps t of shape \[3, 5\] do not fit"):
+        s.add_noise(x0, noise, torch.rand(3, 5))
 
 
 def test_the_two_guidances_differ_by_one() -> None:

@@ -90,6 +90,51 @@ def test_flow_matching_is_the_loop(weighted: bool) -> None:
     assert f.flow_matching_loss(*(x.bfloat16() for x in (flow, x0, noise))).dtype == torch.float32
 
 
+def test_a_weight_is_one_a_frame() -> None:
+    flow, x0, noise = (latents(seed, 3, 2, 5, 1, 7) for seed in range(3))
+    for shape in ((5,), (3, 1), (1, 5), (3,), (5, 3), (3, 5, 1)):
+        wrong = latents(4, *shape)
+        with pytest.raises(
+            UserError, match=r"^weight has shape .*, but \[3, 5\] is wanted, one a f"
+        ):
+            f.flow_matching_loss(flow, x0, noise, wrong)
+
+
+def test_single_frames_are_clips_of_one_frame(seed: int) -> None:
+    flow, x0, noise = (latents(seed + i, 5, 2, 3, 7) for i in range(3))
+    t, weight = latents(seed, 5).abs() * 300 % 1000, latents(seed + 3, 5).abs()
+    clips = [x[:, :, None] for x in (flow, x0, noise)]
+    mine = f.flow_matching_loss(flow, x0, noise, weight)
+    assert torch.equal(mine, f.flow_matching_loss(flow, x0, noise, weight[:, None]))
+    assert torch.equal(mine, f.flow_matching_loss(*clips, weight[:, None]))
+    error = (flow - noise + x0).square().mean(dim=(1, 2, 3))
+    assert float(mine) == pytest.approx(float((weight * error).mean()))
+    for times in (t, t[:, None], t[0], float(t[0])):
+        belled = f.weighted_loss(flow, x0, noise, times, 5.0, "bell")
+        assert torch.equal(belled, f.weighted_loss(*clips, times, 5.0, "bell"))
+    with pytest.raises(UserError, match=r"weight has shape \[3\], but \[5\] is wanted"):
+        f.flow_matching_loss(flow, x0, noise, weight[:3])
+
+
+def test_shapes_that_do_not_fit_are_told_by_name() -> None:
+    whole, one = latents(1, 3, 2, 5, 1, 7), latents(2, 1, 2, 5, 1, 7)
+    with pytest.raises(UserError, match=r"^x0 has shape \[1, 2, 5, 1, 7\], but \[3, 2, 5, 1, 7\]"):
+        f.flow_matching_loss(whole, one, whole)
+    with pytest.raises(UserError, match=r"^noise has shape \[3, 2, 5, 1, 7\], but \[1, 2"):
+        f.weighted_loss(one, one, whole, 3.0, 5.0, "uniform")
+    for flat in (whole[0, 0], whole[0, 0, 0], whole[None]):
+        for call in (
+            lambda x: f.flow_matching_loss(x, x, x),
+            lambda x: f.weighted_loss(x, x, x, 3.0, 5.0, "bell"),
+        ):
+            with pytest.raises(UserError, match=r"^flow has shape .*, but latents are \[B, C, F"):
+                call(flat)
+    for t in (torch.zeros(2), torch.zeros(7, 5), 1500.0, torch.tensor(float("nan"))):
+        for weighting in ("bell", "uniform"):
+            with pytest.raises(UserError, match="timesteps t "):
+                f.weighted_loss(whole, whole, whole, t, 5.0, weighting)
+
+
 def test_gradients_reach_the_flow_alone() -> None:
     flow, x0, noise = (latents(seed, 2, 1, 3, 2, 1).requires_grad_() for seed in range(3))
     weight = latents(4, 2, 3).abs()

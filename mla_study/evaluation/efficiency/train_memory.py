@@ -28,7 +28,7 @@ from mla_study.evaluation.efficiency.step_memory import LiveBytes
 from mla_study.model.transformer import WanTransformer, meta_model
 from mla_study.training.batch import Batch, Draws
 from mla_study.training.loop import objective_of, roles_of
-from mla_study.training.objective import Objective, Role, Roles
+from mla_study.training.objective import TRAINED, Objective, Role, Roles
 from mla_study.training.recipe import Stage
 from mla_study.training.self_rollout import draw_exit
 
@@ -63,7 +63,7 @@ class Models:
     def model(self, role: Role) -> WanTransformer:
         """A role's model on the meta device, in the dtype of the passes."""
         model = meta_model(self.config(role)).to(_DTYPES[self.stage.precision]).train()
-        model.requires_grad_(role in ("generator", "fake_score"))
+        model.requires_grad_(role in TRAINED)
         model.recompute = self.stage.recompute
         return model
 

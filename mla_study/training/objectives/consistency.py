@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mla_study.errors import UserError
 from mla_study.kernels.masks import Positions
+from mla_study.rollout.checks import Latents, require_like, require_shape
 from mla_study.rollout.sampler import over_latents, timestep_table
 from mla_study.training.batch import Batch, Draws
 from mla_study.training.flow import (
@@ -95,32 +96,37 @@ def interval_timesteps(
 
 
 def consistency_step(
-    x_t: Float[Tensor, "B C F height width"],
-    flow_cond: Float[Tensor, "B C F height width"],
-    flow_uncond: Float[Tensor, "B C F height width"] | None,
-    t: Tensor,
-    t_next: Tensor,
+    x_t: Latents,
+    flow_cond: Latents,
+    flow_uncond: Latents | None,
+    t: Tensor | float,
+    t_next: Tensor | float,
     guidance: float,
     convention: Convention = "from_uncond",
-) -> Float[Tensor, "B C F height width"]:
+) -> Latents:
     """One Euler step of dx / dsigma = flow along the guided teacher: x_t + (sigma' - sigma) flow.
 
     Computed in float32 at least, returned in the dtype of ``x_t`` and cut from the graph: nothing
     flows into the teacher.
 
     Args:
-        x_t: latents at ``t``.
-        flow_cond, flow_uncond: the teacher's flow at (x_t, t) with the prompt and without; without
-            the second there is no guidance.
-        t, t_next: timesteps 0 .. 1000, float32 or float64, t_next <= t: scalars, [B] or [B, F].
-            At ``t_next`` = 0 the result is the teacher's x0.
+        x_t: latents at ``t``, [B, C, F, height, width] or any other [B, ...].
+        flow_cond, flow_uncond: the teacher's flow at (x_t, t) with the prompt and without, of the
+            shape of ``x_t``; without the second there is no guidance.
+        t, t_next: timesteps 0 .. 1000, float32 or float64, t_next <= t: numbers, scalars, [B] or
+            [B, F]. At ``t_next`` = 0 the result is the teacher's x0.
         guidance: weight w of ``convention``. In consistency code "CFG 3" is ``from_uncond``:
             uncond + 3 (cond - uncond), which distribution matching calls 2.
 
     Raises:
-        UserError: 16-bit timesteps, shapes that do not fit, a step towards more noise.
+        UserError: flows of another shape, timesteps that do not fit, in 16 bits or outside
+            0 .. 1000, a step towards more noise.
     """
-    sigma, later = (over_latents(sigma_at(time), wide(x_t)) for time in (t, t_next))
+    require_like(x_t, "x_t", flow_cond=flow_cond, flow_uncond=flow_uncond)
+    sigma, later = (
+        over_latents(sigma_at(time, name=name), wide(x_t), name)
+        for name, time in (("t", t), ("t_next", t_next))
+    )
     if bool((later > sigma).any()):
         raise UserError("a consistency step goes to less noise, but t_next is above t: swap them")
     with torch.no_grad():
@@ -131,9 +137,9 @@ def consistency_step(
 
 
 def consistency_loss(
-    student_x0: Float[Tensor, "B C F height width"],
-    ema_x0: Float[Tensor, "B C F height width"],
-    weight: Float[Tensor, " B"] | None = None,
+    student_x0: Latents,
+    ema_x0: Latents,
+    weight: Float[Tensor, "..."] | None = None,
     distance: Distance = "pseudo_huber",
     constant: float = HUBER,
 ) -> Float[Tensor, ""]:
@@ -143,16 +149,29 @@ def consistency_loss(
     sqrt(m + c^2) - c and ``squared`` is m. No gradient flows into ``ema_x0``.
 
     Args:
-        student_x0: x_t - sigma flow of the student at t.
-        ema_x0: the same of its moving average at the step's end, t'.
-        weight: a weight a sample; None: all 1.
+        student_x0: x_t - sigma flow of the student at t, [B, C, F, height, width] or any other
+            [B, ...].
+        ema_x0: the same of its moving average at the step's end, t', of equal shape.
+        weight: a weight a sample, [B]; None: all 1.
         constant: c > 0 in the units of the latents. The default is the published 0.00054 sqrt(D),
             divided by sqrt(D) like the distance, so that neither depends on the size of a clip.
+
+    Raises:
+        UserError: unequal shapes, a weight of another shape, a sample that is one number, another
+            distance, a constant that is not positive.
     """
     if distance not in get_args(Distance):
         raise UserError(f"distance '{distance}': give {' or '.join(get_args(Distance))}")
     if not constant > 0:
         raise UserError(f"the pseudo-Huber constant is {constant}, but it must be positive")
+    if student_x0.ndim < 2:
+        raise UserError(
+            f"student_x0 has shape {list(student_x0.shape)}, but samples of latents are wanted, "
+            "[B, C, F, height, width]"
+        )
+    require_like(student_x0, "student_x0", ema_x0=ema_x0)
+    if weight is not None:
+        require_shape("weight", weight, student_x0.shape[:1], "one a sample")
     gap = wide(student_x0) - wide(ema_x0.detach())
     far = gap.square().flatten(1).mean(dim=1)
     if distance == "pseudo_huber":

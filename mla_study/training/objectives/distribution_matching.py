@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mla_study.errors import UserError
 from mla_study.kernels.masks import Positions
+from mla_study.rollout.checks import Latents, as_clips, require_like, require_mask
 from mla_study.rollout.sampler import flow_from_x0, shifted_timesteps
 from mla_study.training.batch import Batch, Draws
 from mla_study.training.flow import (
@@ -28,6 +29,7 @@ from mla_study.training.flow import (
     block_draws,
     flow_matching_loss,
     guide,
+    per_frame,
     wide,
     x0_from_flow,
 )
@@ -86,16 +88,21 @@ def score_timesteps(
 
 
 def score_x0(
-    x_t: Float[Tensor, "B C F height width"],
-    flow: Float[Tensor, "B C F height width"],
-    t: Tensor,
+    x_t: Latents,
+    flow: Latents,
+    t: Tensor | float,
     tables: MixedTables | None = None,
-) -> Float[Tensor, "B C F height width"]:
+) -> Latents:
     """The clean latent that a score's flow means: x_t - sigma flow, in the dtype of ``x_t``.
 
     Args:
-        x_t, t: the score's input; t 0 .. 1000, float32 or float64: a scalar, [B] or [B, F].
+        x_t: the score's input, [B, C, F, height, width] or any other [B, ...].
+        flow: its prediction, of the shape of ``x_t``.
+        t: timesteps 0 .. 1000, float32 or float64: a number, a scalar, [B] or [B, F].
         tables: None: sigma = t / 1000; else the reference's table for scores.
+
+    Raises:
+        UserError: as in :func:`~mla_study.rollout.sampler.x0_from_flow`.
     """
     if tables is None:
         return x0_from_flow(x_t, flow, t)
@@ -103,32 +110,40 @@ def score_x0(
 
 
 def kl_gradient(
-    x: Float[Tensor, "B C F height width"],
-    fake_x0: Float[Tensor, "B C F height width"],
-    real_cond: Float[Tensor, "B C F height width"],
-    real_uncond: Float[Tensor, "B C F height width"],
+    x: Latents,
+    fake_x0: Latents,
+    real_cond: Latents,
+    real_uncond: Latents,
     guidance: float,
     convention: Convention = "from_cond",
     normalise: bool = True,
-) -> Float[Tensor, "B C F height width"]:
+) -> Latents:
     """(fake - real) / mean |x - real|, real = guided teacher; float32 at least, without a graph.
 
     The gradient of KL(generated || real) in x up to a positive factor (DMD, eq. 7), and its
     normaliser, a mean over each sample (eq. 8). Where that is not finite, as at 0 / 0, it is 0.
 
     Args:
-        x: the generated clip, clean.
+        x: the generated clip, clean: [B, C, F, height, width], or [N, C, height, width], where each
+            frame is a sample with a normaliser of its own.
         fake_x0: the fake score's clean latent, already guided where that is wanted.
-        real_cond, real_uncond: the teacher's clean latents with the prompt and without.
+        real_cond, real_uncond: the teacher's clean latents with the prompt and without; these
+            three have the shape of ``x``, and so has the result.
         guidance: weight w of ``convention``. In distribution matching "CFG 3" is ``from_cond``:
             cond + 3 (cond - uncond), which samplers and consistency code call 4.
         normalise: divide by the mean over the sample's scalars.
+
+    Raises:
+        UserError: a shape that is none of latents, unequal shapes, another convention.
     """
+    require_like(x, "x", fake_x0=fake_x0, real_cond=real_cond, real_uncond=real_uncond)
+    as_clips(x, "x")  # refuses what has no samples
+    whole = tuple(range(1, x.ndim))
     with torch.no_grad():
         real = guide(wide(real_cond), wide(real_uncond), guidance, convention)
         gradient = wide(fake_x0) - real
         if normalise:
-            gradient = gradient / (wide(x) - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+            gradient = gradient / (wide(x) - real).abs().mean(dim=whole, keepdim=True)
         return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -143,9 +158,9 @@ def gradient_window(
 
 
 def generator_loss(
-    x: Float[Tensor, "B C F height width"],
-    gradient: Float[Tensor, "B C F height width"],
-    mask: Bool[Tensor, "#B #C #F #height #width"] | None = None,
+    x: Latents,
+    gradient: Latents,
+    mask: Tensor | None = None,
 ) -> Float[Tensor, ""]:
     """Half the mean square of ``gradient``, whose own gradient in ``x`` is ``gradient`` / n.
 
@@ -153,16 +168,19 @@ def generator_loss(
     without the rounding of that difference.
 
     Args:
-        x: the generated clip, with its graph.
-        gradient: from :func:`kl_gradient`; a constant here.
-        mask: True where the loss counts; n is the number of scalars that do. None: all of them.
+        x: the generated clip, with its graph: [B, C, F, height, width] or of any other shape.
+        gradient: from :func:`kl_gradient`, of the shape of ``x``; a constant here.
+        mask: bool, True where the loss counts; n is the number of scalars that do. Of the shape of
+            ``x``, where any axis may be 1. None: all of them.
 
     Raises:
-        UserError: a mask that leaves nothing.
+        UserError: unequal shapes, a mask that is not bool, does not fit, or leaves nothing.
     """
+    require_like(x, "x", gradient=gradient)
     gap = wide(x - x.detach()) + wide(gradient.detach())
     if mask is None:
         return 0.5 * gap.square().mean()
+    require_mask("mask", mask, x)
     counted = mask.to(x.device).expand_as(x)
     total = counted.sum()
     if not bool(total):
@@ -171,22 +189,32 @@ def generator_loss(
 
 
 def critic_loss(
-    flow: Float[Tensor, "B C F height width"],
-    x: Float[Tensor, "B C F height width"],
-    noise: Float[Tensor, "B C F height width"],
-    x_t: Float[Tensor, "B C F height width"],
-    t: Tensor,
+    flow: Latents,
+    x: Latents,
+    noise: Latents,
+    x_t: Latents,
+    t: Tensor | float,
     tables: MixedTables | None = None,
 ) -> Float[Tensor, ""]:
     """mean |flow - (noise - x)|^2: flow matching of the fake score on generated clips.
 
     Args:
-        flow: the fake score's prediction at (x_t, t), with its graph.
+        flow: the fake score's prediction at (x_t, t), with its graph: [B, C, F, height, width], or
+            [N, C, height, width] of single frames.
         x: the generated clip; no gradient flows into the generator.
         noise: what made x_t of x.
-        x_t, t: the critic's input, which the deviation alone reads; t as in :func:`score_x0`.
+        x_t: the critic's input; these three have the shape of ``flow``.
+        t: the critic's timesteps 0 .. 1000, float32 or float64: a number, a scalar, [B] or [B, F]
+            ([N] or [N, 1] of single frames). The deviation alone reads ``x_t`` and ``t``.
         tables: None: exact; else the flow goes through x0 and back by the reference's two tables.
+
+    Raises:
+        UserError: a shape that is none of latents, unequal shapes, timesteps that do not fit, in 16
+            bits or outside 0 .. 1000.
     """
+    require_like(flow, "flow", x=x, noise=noise, x_t=x_t)
+    batch, _, frames = as_clips(flow, "flow").shape[:3]
+    per_frame(t, batch, frames)
     if tables is not None:
         x0 = score_x0(wide(x_t), wide(flow), t, tables)
         flow = flow_from_x0(wide(x_t), x0, t, tables.generator, "table")

@@ -26,6 +26,7 @@ from mla_study.config import ModelConfig
 from mla_study.errors import UserError
 from mla_study.kernels.masks import Positions, Visibility, teacher_forcing
 from mla_study.model.transformer import Conditioning, WanTransformer
+from mla_study.rollout.checks import Latents, require_like
 from mla_study.rollout.stream import positions_of
 from mla_study.training.batch import Batch, Draws
 from mla_study.training.flow import (
@@ -49,34 +50,38 @@ __all__ = [
 
 
 def clean_and_noisy(
-    clean: Float[Tensor, "B C F height width"],
+    clean: Latents,
     noisy: Float[Tensor, "B C F height width"],
-    t: Tensor,
-    clean_t: Tensor | None = None,
+    t: Tensor | float,
+    clean_t: Tensor | float | None = None,
 ) -> tuple[Float[Tensor, "B C 2*F height width"], Float[Tensor, "B 2*F"]]:
     """The sequence of teacher forcing and its timesteps: frames 0 .. F-1 clean, then the noisy.
 
     Args:
         clean: context latents; those of noise augmentation are x_t at ``clean_t``.
-        noisy: latents to denoise.
-        t: timesteps 0 .. 1000 of ``noisy``, float32 or float64: a scalar, [B] or [B, F].
+        noisy: latents to denoise, of the shape of ``clean``: [B, C, F, height, width].
+        t: timesteps 0 .. 1000 of ``noisy``, float32 or float64: a number, a scalar, [B] or [B, F].
         clean_t: the same of ``clean``; None: 0, a clean latent.
+
+    Raises:
+        UserError: unequal shapes, timesteps as in :func:`~mla_study.training.flow.per_frame`.
     """
+    require_like(noisy, "noisy", clean=clean)
     batch, _, frames = noisy.shape[:3]
     times = per_frame(t, batch, frames).to(noisy.device)
-    context = torch.zeros_like(t) if clean_t is None else clean_t
-    both = torch.cat([per_frame(context, batch, frames).to(times), times], dim=1)
+    earlier = 0.0 if clean_t is None else clean_t
+    both = torch.cat([per_frame(earlier, batch, frames, "clean_t").to(times), times], dim=1)
     return torch.cat([clean.to(noisy), noisy], dim=2), both
 
 
 def teacher_forcing_flow(
     model: WanTransformer,
     noisy: Float[Tensor, "B C F height width"],
-    clean: Float[Tensor, "B C F height width"],
-    t: Tensor,
+    clean: Latents,
+    t: Tensor | float,
     conditioning: Conditioning,
     rule: Visibility,
-    clean_t: Tensor | None = None,
+    clean_t: Tensor | float | None = None,
 ) -> Float[Tensor, "B C2 F height width"]:
     """The model's flow at every noisy frame, given the clean frames before its chunk.
 
@@ -89,7 +94,7 @@ def teacher_forcing_flow(
         rule: from :func:`mla_study.kernels.masks.teacher_forcing` for F frames.
 
     Raises:
-        UserError: a rule of another number of frames.
+        UserError: a rule of another number of frames, and as in :func:`clean_and_noisy`.
     """
     frames = noisy.shape[2]
     if rule.frames != 2 * frames:
@@ -102,21 +107,28 @@ def teacher_forcing_flow(
 
 
 def teacher_forcing_loss(
-    flow: Float[Tensor, "B C F height width"],
-    clean: Float[Tensor, "B C F height width"],
-    noise: Float[Tensor, "B C F height width"],
-    t: Tensor,
+    flow: Latents,
+    clean: Latents,
+    noise: Latents,
+    t: Tensor | float,
     shift: float,
     weighting: Weighting = "bell",
 ) -> Float[Tensor, ""]:
     """mean over samples and frames of w(t) |flow - (noise - clean)|^2 (flow matching).
 
     Args:
-        flow: the noisy half's prediction, see :func:`teacher_forcing_flow`.
-        clean, noise: clean latents and the Gaussian noise that was added to them.
-        t: timesteps 0 .. 1000 of the noisy half, float32 or float64: a scalar, [B] or [B, F].
+        flow: the noisy half's prediction, see :func:`teacher_forcing_flow`:
+            [B, C, F, height, width], or [N, C, height, width] of single frames.
+        clean, noise: clean latents and the Gaussian noise that was added to them, of that shape.
+        t: timesteps 0 .. 1000 of the noisy half, float32 or float64: a number, a scalar, [B] or
+            [B, F] ([N] or [N, 1] of single frames).
         shift: timestep shift of the table over which the ``bell`` weights have mean 1.
+
+    Raises:
+        UserError: a shape that is none of latents, unequal shapes, another weighting, timesteps
+            that do not fit, in 16 bits or outside 0 .. 1000.
     """
+    require_like(flow, "flow", clean=clean, noise=noise)
     return weighted_loss(flow, clean, noise, t, shift, weighting)
 
 

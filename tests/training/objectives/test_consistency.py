@@ -220,3 +220,37 @@ def test_gradients_go_through_the_students_flow() -> None:
         lambda flow: c.consistency_loss(x0_from_flow(x, flow, t), average),
         (latents(3, *SHAPE).requires_grad_(),),
     )
+
+
+def test_misfits_are_told_by_name() -> None:
+    x, one = latents(1, *SHAPE), latents(2, 1, *SHAPE[1:])
+    misfit = r" has shape \[1, 2, 5, 1, 7\], but \[3, 2, 5, 1, 7\] is wanted"
+    for name, call in {
+        "flow_cond": lambda: c.consistency_step(x, one, None, 3.0, 2.0, 1.0),
+        "flow_uncond": lambda: c.consistency_step(x, x, one, 3.0, 2.0, 3.0),
+        "ema_x0": lambda: c.consistency_loss(x, one),
+    }.items():
+        with pytest.raises(UserError, match=f"^{name}{misfit}"):
+            call()
+    for shape in ((1,), (5,), (3, 1), ()):
+        with pytest.raises(UserError, match=r"^weight has shape .*, but \[3\] is wanted, one a s"):
+            c.consistency_loss(x, x, latents(3, *shape))
+    with pytest.raises(UserError, match=r"^student_x0 has shape \[7\], but samples"):
+        c.consistency_loss(x[0, 0, 0, 0], x[0, 0, 0, 0])
+    for now, then, told in ((1500.0, 3.0, "t hold 1500"), (500.0, -100.0, "t_next hold -100")):
+        with pytest.raises(UserError, match=f"timesteps {told}, but they lie from 0 to 1000"):
+            c.consistency_step(x, x, x, now, torch.tensor([then, 3.0, 4.0]), 3.0)
+    with pytest.raises(UserError, match=r"timesteps t_next of shape \[2\] do not fit"):
+        c.consistency_step(x, x, x, 900.0, torch.tensor([2.0, 3.0]), 3.0)
+
+
+def test_single_frames_and_numbers_do_as_well(seed: int) -> None:
+    x, cond, uncond = (latents(seed + i, 5, 2, 3, 7) for i in range(3))
+    t, later = levels(5)
+    clips = [y[:, :, None] for y in (x, cond, uncond)]
+    mine = c.consistency_step(x, cond, uncond, t, later, 2.5)
+    whole = c.consistency_step(*clips, t, later, 2.5)
+    assert torch.equal(mine, whole[:, :, 0])
+    assert torch.equal(c.consistency_loss(x, cond), c.consistency_loss(*clips[:2]))
+    ends = c.consistency_step(x, cond, uncond, 1000, 0, 2.5)
+    assert torch.allclose(ends, x - uncond - 2.5 * (cond - uncond))

@@ -195,3 +195,63 @@ def test_sixteen_bit_timesteps_are_refused() -> None:
     for tables in (None, d.MixedTables()):
         with pytest.raises(UserError, match="float32"):
             d.score_x0(x_t, flow, t, tables)
+
+
+def test_misfits_are_told_by_name() -> None:
+    x, one = some(1)[0], latents(2, 1, *SHAPE[1:])
+    misfit = r" has shape \[1, 2, 5, 1, 7\], but \[3, 2, 5, 1, 7\] is wanted, that of "
+    for name, call in {
+        "fake_x0": lambda: d.kl_gradient(x, one, x, x, 3.0),
+        "real_cond": lambda: d.kl_gradient(x, x, one, x, 3.0),
+        "real_uncond": lambda: d.kl_gradient(x, x, x, one, 3.0),
+        "gradient": lambda: d.generator_loss(x, one),
+        "x": lambda: d.critic_loss(x, one, x, x, 3.0),
+        "noise": lambda: d.critic_loss(x, x, one, x, 3.0),
+        "x_t": lambda: d.critic_loss(x, x, x, one, 3.0),
+        "flow": lambda: d.score_x0(x, one, 3.0),
+    }.items():
+        with pytest.raises(UserError, match=f"^{name}{misfit}"):
+            call()
+    for name, call in {
+        "x": lambda y: d.kl_gradient(y, y, y, y, 3.0),
+        "flow": lambda y: d.critic_loss(y, y, y, y, 3.0),
+    }.items():
+        with pytest.raises(UserError, match=rf"^{name} has shape \[2, 5, 7\], but latents are"):
+            call(x[0, :, :, 0])
+    # the axis of a mask of frames is the third, not the last
+    for mask in (torch.ones(5), torch.ones(5).bool(), torch.ones(1, 1, 4, 1, 1).bool()):
+        with pytest.raises(UserError, match=r"^mask "):
+            d.generator_loss(x, x, mask)
+
+
+@pytest.mark.parametrize("tables", [None, d.MixedTables()])
+def test_the_critics_times_are_looked_at(tables: d.MixedTables | None) -> None:
+    x = some(1)[0]
+    for t in (
+        torch.zeros(7, 5),
+        torch.zeros(2),
+        torch.tensor([3.0, 4.0, float("nan")]),
+        1500,
+        -5.0,
+    ):
+        with pytest.raises(UserError, match=r"^timesteps t "):
+            d.critic_loss(x, x, x, x, t, tables)
+
+
+@pytest.mark.parametrize("tables", [None, d.MixedTables()])
+def test_single_frames_are_clips_of_one_frame(tables: d.MixedTables | None, seed: int) -> None:
+    x, fake, cond, uncond = frames = [latents(seed + i, 5, 2, 3, 7) for i in range(4)]
+    clips = [y[:, :, None] for y in frames]
+    gradient = d.kl_gradient(x, fake, cond, uncond, 2.0)
+    for sample in range(5):
+        real = 3 * cond[sample] - 2 * uncond[sample]
+        by = (x[sample] - real).abs().mean()
+        assert torch.allclose(gradient[sample], (fake[sample] - real) / by)
+    assert torch.equal(gradient, d.kl_gradient(*clips, 2.0)[:, :, 0])
+    mask = latents(seed, 5, 1, 3, 1) > 0
+    mask[0, 0, 0, 0] = True
+    masked = d.generator_loss(x, gradient, mask)
+    assert torch.equal(masked, d.generator_loss(clips[0], gradient[:, :, None], mask[:, :, None]))
+    for t in (torch.tensor([1.0, 30.0, 400.0, 980.0, 1000.0]), 400, 37.5):
+        mine = d.critic_loss(x, fake, cond, uncond, t, tables)
+        assert torch.equal(mine, d.critic_loss(*clips, t, tables))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from training.runs import DENSE, FRAMES, LATENT, Clips
+from training.runs import DENSE, FRAMES, LATENT, Clips, run_of, trained
 
 from mla_study.errors import UserError
 from mla_study.kernels.masks import teacher_forcing
@@ -144,6 +144,62 @@ def test_a_file_of_ones_own_is_an_objective(tmp_path: Path) -> None:
         objective_class(str(tmp_path / "no.py"))
     with pytest.raises(UserError, match="no objective 'magic'; there are consistency"):
         objective_class("magic")
+
+
+HEAD = """
+from mla_study.training.objective import Objective
+class Own(Objective):
+"""
+LOSS = "    def loss(self, turn, roles, batch, draws):\n        return {}\n"
+TURNS = "    def turns(self):\n        return {}\n"
+
+
+def own_objective(folder: Path, body: str) -> str:
+    file = folder / "own.py"
+    file.write_text(f"{HEAD}{body}OBJECTIVE = Own\n")
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("    roles = ('teacher', 'judge')\n" + LOSS, r"roles names 'judge'; there are g"),
+        ("    roles = ('teacher')\n" + LOSS, r"roles is 'teacher', but a tuple is wanted"),
+        (TURNS.format("('fake_score',)") + LOSS, r"turns\(\) gives .*here of generator$"),
+        (TURNS.format("()") + LOSS, r"turns\(\) gives \(\), but a tuple"),
+        (
+            "    roles = ('teacher', 'fake_score')\n" + TURNS.format("('teacher',)") + LOSS,
+            r"here of generator, fake_score$",
+        ),
+        ("    pass\n", r"Own defines no loss\(self, turn, roles"),
+    ],
+)  # fmt: skip
+def test_a_file_that_asks_for_what_there_is_not_is_told(
+    body: str, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"own\.py: .*{told}"):
+        make_objective(own_objective(tmp_path, body))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("{'lost': w.sum()}", r"gave 'lost' and no 'loss': return \{\"loss\": a tensor"),
+        ("{}", r"gave nothing and no 'loss'"),
+        ("w.sum()", r"gave Tensor, but a dict is wanted"),
+        ("None", r"gave NoneType"),
+        ("{'loss': w.square()}", r"gave shape \[24\] for 'loss', but it logs scalars"),
+        ("{'loss': w.sum(), 'size': 3.0}", r"gave 3\.0 for 'size'"),
+        ("{'loss': w.sum().detach()}", r"gave a 'loss' that carries no gradient"),
+        ("{'loss': roles.get('teacher').time_projection[1].bias.sum()}", r"role 'teacher', which"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_cannot_be_trained_on_is_told(given: str, told: str, tmp_path: Path) -> None:
+    body = LOSS.format(given).replace("return", "w = roles.get(turn).blocks[0].norm3.bias; return")
+    run = run_of(own_objective(tmp_path, body), tmp_path / "run", steps=1, batch=1)
+    where = "" if "roles.get" in given else r"own\.py, in the generator's turn: loss\(\) "
+    with pytest.raises(UserError, match=where + told):
+        trained(run)
 
 
 def test_x0_and_noise_agree_with_the_flow(seed: int) -> None:

@@ -125,3 +125,31 @@ def test_a_rule_of_other_frames_is_refused() -> None:
         teacher_forcing_flow(
             model, noise, clean, t, model.condition(text), teacher_forcing(4, 2, WINDOW)
         )
+
+
+def test_misfits_are_told_by_name() -> None:
+    clean, noise, t, _ = batch(3)
+    misfit = r" has shape \[1, 3, 8, 4, 6\], but \[2, 3, 8, 4, 6\] is wanted, that of "
+    for name, call in {
+        "clean": lambda: teacher_forcing_loss(clean, clean[:1], noise, t, 5.0),
+        "noise": lambda: teacher_forcing_loss(clean, clean, noise[:1], t, 5.0),
+        "clean ": lambda: clean_and_noisy(clean[:1], noise, t),
+    }.items():
+        with pytest.raises(UserError, match=f"^{name.strip()}{misfit}"):
+            call()
+    with pytest.raises(UserError, match=r"timesteps t of shape \[3, 5\] do not fit 2 samples of 8"):
+        teacher_forcing_loss(clean, clean, noise, torch.zeros(3, 5), 5.0)
+    with pytest.raises(UserError, match="timesteps clean_t hold -1, but they lie"):
+        clean_and_noisy(clean, noise, 3, -1.0)
+
+
+def test_single_frames_are_clips_of_one_frame(seed: int) -> None:
+    flow, clean, noise = (latents(seed + i, 5, 2, 3, 7) for i in range(3))
+    t = torch.tensor([0.0, 3.0, 400.0, 930.0, 1000.0])
+    total = 0.0
+    for sample in range(5):
+        gap = (flow - (noise - clean))[sample]
+        total += float(bell_weight_at(t[sample], 5.0)) * float((gap**2).mean())
+    assert float(teacher_forcing_loss(flow, clean, noise, t, 5.0)) == pytest.approx(total / 5)
+    number = teacher_forcing_loss(flow, clean, noise, 400, 5.0)
+    assert torch.equal(number, teacher_forcing_loss(flow, clean, noise, t[2], 5.0))
