@@ -193,9 +193,16 @@ def test_curves_of_losses_overlaps_and_drift(drawn: Drawn, tmp_path: Path) -> No
     start = {round(float(line.get_ydata()[-1]), 4) for line in figure.axes[0].lines}
     assert round(1 - 0.001 * 390**0.5, 4) in start and 0.125 in start
     figure = drawn(fig_drift)
-    assert len(figure.axes) == 8 and figure.axes[0].get_xscale() == "log"
+    assert len(figure.axes) == 12 and figure.axes[0].get_xscale() == "log"
     assert max(float(line.get_xdata()[-1]) for line in figure.axes[0].lines) == 149.25
-    assert len([line for line in figure.axes[4].lines if len(line.get_xdata()) == 10]) == 5
+    assert len([line for line in figure.axes[6].lines if len(line.get_xdata()) == 10]) == 5
+    shown = [axis.get_ylabel().split(" (")[0] for axis in figure.axes]
+    assert shown[:3] == shown[6:9] == ["all correct", "background right", "IoU in the window"]
+    # what is drawn of the background is the background's, 0.2 above the level of all correct
+    dense = made_up_study.quality({"init": "none", "variant": "dense", "d_c": 0, "d_rope": 0,
+                                   "seed": 1, "long": False})  # fmt: skip
+    for axis, want in zip(figure.axes[:2], (dense, dense + 0.2), strict=False):
+        assert any(np.isclose(float(line.get_ydata()[0]), want) for line in axis.lines)
 
 
 def test_predictions_are_drawn_with_their_correlations(drawn: Drawn, tmp_path: Path) -> None:
