@@ -112,10 +112,10 @@ def draw(out_dir: str, student: str = "activation") -> Figure:
         seeds = int(plain["seeds"].max())
         figure.suptitle(
             f"Miniature after all stages, $d_c$ = {miniature.D_C} of {miniature.WIDTH}, training "
-            f"length 1.5 s: mean of {seeds} seeds ± s.e.; velocity and path where a sprite is seen.\n"
-            "All correct: the place counts in the first window alone. IoU: each window begins the "
-            "true path anew,\nfrom where the sprite is first seen there; the distance is from the "
-            "path that the first window began.",
+            f"length 1.5 s: mean of {seeds} seeds ± s.e.; velocity and path where a sprite is seen."
+            "\nAll correct: the place counts in the first window alone. IoU: each window begins "
+            "the true path anew,\nfrom where the sprite is first seen there; the distance is from "
+            "the path that the first window began.",
             fontsize=7,
         )
         _legend(figure, plain, list(dict.fromkeys(other["condition"])))
