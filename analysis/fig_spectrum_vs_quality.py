@@ -1,10 +1,12 @@
 """What spectra predict before training against what students reach: over sizes, splits and inits.
 
-Columns are predicted losses: the share of d that r_.99 of the student's composed weights leaves
-out, the energy of the teacher's [W_K; W_V] beyond d_c, of the weights and of their outputs on real
-inputs, and the attention's error after conversion. Rows are what came out: held-out loss after
-teacher forcing, videos all correct after DMD. A point a configuration, bars the standard error of
-seeds and videos; rank correlations over runs with 95 % bootstrap intervals over configurations.
+Columns are predicted losses: the share of d beyond d_c, which knows no spectrum and is the null,
+the share of d that r_.99 of the student's composed weights leaves out, the energy of the teacher's
+[W_K; W_V] beyond d_c, of the weights and of their outputs on real inputs (both follow from d_c, and
+order students as it does), and the attention's error after conversion. Rows are what came out:
+held-out loss after teacher forcing, videos all correct after DMD. A point a configuration, bars the
+standard error of seeds and videos; rank correlations over runs with 95 % bootstrap intervals over
+configurations.
 Written beside it: ``fig_spectrum_vs_quality_correlations``.
 """
 
@@ -48,6 +50,9 @@ COLUMNS = (
     Column("rho", "Spearman's\nρ", "+.2f"),
     Column("low", "from", "+.2f", under="95 % bootstrap"),
     Column("high", "to", "+.2f", under="95 % bootstrap"),
+    Column("gain", "gain over\n$d_c$ itself", "+.2f", least=1e-6),
+    Column("gain_low", "from", "+.2f", under="95 % of the gain", least=1e-6),
+    Column("gain_high", "to", "+.2f", under="95 % of the gain", least=1e-6),
 )
 
 
@@ -83,7 +88,9 @@ def draw(out_dir: str) -> Figure:
         raise UserError("rank correlations need three configurations: `make study-full` has them")
     validity, run_hash = miniature.drawn_from(ID, results)
     with style():
-        figure, axes = plt.subplots(2, 4, figsize=(PAGE_WIDTH, 4.3), sharey="row")
+        figure, axes = plt.subplots(
+            2, len(prediction.PREDICTORS), figsize=(PAGE_WIDTH, 4.3), sharey="row"
+        )
         for line, (quality, reached) in zip(axes, QUALITIES.items(), strict=True):
             here = points(runs, scores, quality)
             for axis, (predictor, told) in zip(line, prediction.PREDICTORS.items(), strict=True):
@@ -122,7 +129,11 @@ def draw(out_dir: str) -> Figure:
             table, Path(out_dir) / f"{ID}_correlations", COLUMNS, provenance=PROVENANCE,
             validity=validity, run_hash=run_hash,
             title="Rank correlation of predicted loss and quality, miniature",
-            notes=["A dash: the predictor is the same for all of them."],
+            notes=[
+                "Gain: ρ less that of 1 − $d_c$ / d over the same runs, in the direction in which "
+                "a predicted loss should point. A dash: what is compared is the same for all of "
+                "them."
+            ],
         )  # fmt: skip
     return figure
 
@@ -150,7 +161,7 @@ def _points(axis: Axes, here: pd.DataFrame, predictor: str) -> None:
                 str(row["d_c"]), (row[predictor], row["value"]), place,
                 textcoords="offset points", fontsize=4.5, color=colour,
             )  # fmt: skip
-    axis.margins(x=0.15)
+    axis.margins(x=0.15, y=0.12)
 
 
 def _legend(figure: Figure, inits: set[str]) -> None:

@@ -146,7 +146,8 @@ def draw(out_dir: str) -> Figure:
     notes = [
         f"Miniature: init activation, split {split}, after all stages, {count} videos of the "
         "training length a seed (the one teacher is judged once a seed); IoU of the sprite, "
-        "velocity error in pixels a frame. The paper's are VBench scores in percent, its total the "
+        "velocity error in pixels a frame; ± the larger of the standard errors over seeds and over "
+        "videos. The paper's are VBench scores in percent, its total the "
         "plain mean of the two, its row at 0.125 from its table of splits.",
     ]
     with style():

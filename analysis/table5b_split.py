@@ -73,7 +73,8 @@ def draw(out_dir: str) -> Figure:
     notes = [
         f"Miniature: init activation, $d_c$ = {miniature.D_C}, heads of {miniature.HEAD} channels, "
         f"after all stages, {count} videos of the training length a seed; IoU of the sprite, "
-        "velocity error in pixels a frame. The paper's are VBench scores in percent, heads of 128.",
+        "velocity error in pixels a frame; ± the larger of the standard errors over seeds and over "
+        "videos. The paper's are VBench scores in percent, heads of 128.",
     ]
     with style():
         return save_table(

@@ -1,13 +1,14 @@
 """What the miniature study settles: each question with its numbers, intervals and verdicts.
 
-Every verdict is computed from its row's interval (see :func:`sign`, :func:`cost`,
-:func:`predicts`): 95 %, differences paired by seed (Student's t), rank correlations by bootstrap
-over configurations. A verdict that the interval does not carry is ``not settled``.
+Every verdict is computed from its row's interval (see :mod:`analysis.intervals`): 95 %,
+differences paired by seed (Student's t), rank correlations by bootstrap over configurations, beside
+that of d_c itself, which knows no spectrum. A verdict that the interval does not carry is
+``not settled``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,16 @@ import numpy as np
 import pandas as pd
 
 from analysis import miniature
+from analysis.intervals import (
+    LEAST,
+    OPEN,
+    Verdict,
+    beyond_size,
+    breaks,
+    cost,
+    predicts,
+    sign,
+)
 from analysis.miniature import INITS, MARGIN, of_student, score_rows
 from mla_study.errors import UserError
 from mla_study.miniature import prediction
@@ -36,8 +47,6 @@ DATA = (
     "results/data/study_scores",
 )
 ROOT = Path(__file__).resolve().parents[1]
-LEAST = 1e-6
-"""What is nearer to 0 is rounding: the tables keep shares, losses and IoU to seven digits."""
 COLUMNS = (
     Column("question", "Question"),
     Column("quantity", "Quantity"),
@@ -57,53 +66,8 @@ QUESTIONS = {
     "predicts": "Does the spectrum predict it?",
     "rollout": "What do clean pass, int8 and windows cost?",
 }
-OPEN = "not settled"
 Row = dict[str, Any]
-Verdict = Callable[[float, float], str]
 Tables = Mapping[str, pd.DataFrame]
-
-
-def sign(less: str, more: str, same: str = "not told apart") -> Verdict:
-    """Verdict of a difference: below zero, above it, or an interval with zero in it."""
-
-    def verdict(low: float, high: float) -> str:
-        if not np.isfinite([low, high]).all():
-            return OPEN
-        return more if low > 0 else less if high < 0 else same
-
-    return verdict
-
-
-def cost(low: float, high: float) -> str:
-    """Verdict of a difference of shares or IoU from a reference, with the margin :data:`MARGIN`."""
-    if not np.isfinite([low, high]).all():
-        return OPEN
-    if low > 0:
-        return "gains"
-    if high < -MARGIN:
-        return f"costs more than {MARGIN:g}"
-    if low > -MARGIN:
-        return f"costs less than {MARGIN:g}" if high < 0 else f"no cost of {MARGIN:g}"
-    return "costs" if high < 0 else OPEN
-
-
-def breaks(low: float, high: float) -> str:
-    """Verdict of a difference from the dense student: is it beyond :data:`MARGIN`?"""
-    if not np.isfinite([low, high]).all():
-        return OPEN
-    return "breaks" if high < -MARGIN else "holds" if low > -MARGIN else OPEN
-
-
-def predicts(expected: int) -> Verdict:
-    """Verdict of a rank correlation whose sign should be ``expected``."""
-
-    def verdict(low: float, high: float) -> str:
-        if not np.isfinite([low, high]).all():
-            return "the same for all"
-        low, high = sorted((expected * low, expected * high))
-        return "predicts" if low > 0 else "predicts the reverse" if high < 0 else "does not predict"
-
-    return verdict
 
 
 def _compare(
@@ -230,67 +194,78 @@ def activation_rows(curves: pd.DataFrame, scores: pd.DataFrame) -> Iterator[Row]
 
 
 def break_rows(scores: pd.DataFrame) -> Iterator[Row]:
-    """All correct against dense at each size and split, and where it breaks first."""
-    shown = miniature.usual(score_rows(scores, "all_correct"), None, None)
-    dense, latent = shown[shown["variant"] == "dense"], shown[shown["init"] == "activation"]
-    parts = (
-        ("size", "d_c", latent[latent["d_rope"] == miniature.D_ROPE]),
-        ("split", "d_rope", latent[latent["d_c"] == miniature.D_C]),
+    """All correct and IoU against dense at each size and split, and where each breaks first."""
+    for question, column in (("size", "d_c"), ("split", "d_rope")):
+        for metric in ("all_correct", "iou"):
+            shown = miniature.usual(score_rows(scores, metric), None, None)
+            dense, latent = shown[shown["variant"] == "dense"], shown[shown["init"] == "activation"]
+            kept = latent["d_rope"] == miniature.D_ROPE
+            if column == "d_rope":
+                kept = latent["d_c"] == miniature.D_C
+            yield from _breaks_by(question, column, metric, latent[kept], dense)
+
+
+def _breaks_by(
+    question: str, column: str, metric: str, part: pd.DataFrame, dense: pd.DataFrame
+) -> Iterator[Row]:
+    found: dict[str, list[int]] = {"breaks": [], OPEN: [], "holds": []}
+    for size, mine in part.groupby(column):
+        number = int(size)  # type: ignore[arg-type]
+        told = f"$d_c$ = {number}" if column == "d_c" else f"{miniature.HEAD - number}/{number}"
+        for row in _compare(question, f"{_told(metric)} − dense's, {told}", mine, dense, breaks):
+            found[row["verdict"]].append(number)
+            yield row
+    if part.empty:
+        return
+    where = "; ".join(
+        f"{verdict}: {', '.join(map(str, sizes))}" for verdict, sizes in found.items() if sizes
     )
-    for question, column, part in parts:
-        found: dict[str, list[int]] = {"breaks": [], OPEN: [], "holds": []}
-        for size, mine in part.groupby(column):
-            number = int(size)  # type: ignore[arg-type]
-            told = f"$d_c$ = {number}" if column == "d_c" else f"{miniature.HEAD - number}/{number}"
-            for row in _compare(question, f"all correct − dense's, {told}", mine, dense, breaks):
-                found[row["verdict"]].append(number)
-                yield row
-        if part.empty:
-            continue
-        where = "; ".join(
-            f"{verdict} at {', '.join(map(str, sizes))}"
-            for verdict, sizes in found.items()
-            if sizes
-        )
-        name = "sizes" if column == "d_c" else "rotary channels of 32"
-        nan = float("nan")
-        yield _row(
-            question, f"{name} that break", len(found["breaks"]), nan, nan,
-            part[column].nunique(), where,
-        )  # fmt: skip
+    name, nan = "sizes" if column == "d_c" else "rotary channels", float("nan")
+    yield _row(
+        question, f"{name} where {_told(metric)} falls by > {MARGIN:g}", len(found["breaks"]),
+        nan, nan, part[column].nunique(), where,
+    )  # fmt: skip
 
 
 def predict_rows(tables: Tables) -> Iterator[Row]:
-    """Rank correlations of predicted losses, and which of two predictors has the larger one."""
+    """Rank correlations of predicted losses, what they have more than d_c's own, and the error's
+    more than the rank's."""
     names = ("ranks", "spectra", "conversion", "curves", "scores")
     runs = prediction.predicted(*(tables[name] for name in names))
-    for row in prediction.correlations(runs).to_dict("records"):
-        if row["scope"] != "all":
-            continue
-        expected = 1 if row["quality"] == "held_out" else -1
+    found = prediction.correlations(runs)
+    rows = found[found["scope"] == "all"].to_dict("records")
+    for row in rows:
         quantity = f"ρ({prediction.PREDICTORS[row['predictor']]}, {_told(row['quality'])})"
+        verdict = predicts(prediction.EXPECTED[row["quality"]])(row["low"], row["high"])
+        if row["predictor"] != prediction.NULL:
+            verdict = beyond_size(verdict, row["gain"], row["gain_low"])
         yield _row(
-            "predicts", quantity, row["rho"], row["low"], row["high"], row["configs"],
-            predicts(expected)(row["low"], row["high"]),
-        )  # fmt: skip
-    if runs["config"].nunique() < 3:
-        return
-    for better, told in (("output_loss", "weighted E($d_c$)"), ("error", "output error")):
-        for quality in ("held_out", "all_correct"):
-            held = runs.dropna(subset=["rank_loss", better, quality])
-            found = [
-                miniature.spearman(
-                    held[name].to_numpy(float), held[quality].to_numpy(float), list(held["config"])
-                )
-                for name in (better, "rank_loss")
-            ]
-            (first, one), (second, two) = found
-            low, high = miniature.percentiles(np.abs(one) - np.abs(two))
+            "predicts", quantity, row["rho"], row["low"], row["high"], row["configs"], verdict
+        )
+    for row in rows:
+        told = {"rank_loss": "weight $r_{.99}$", "error": "output error"}.get(row["predictor"])
+        if told is not None:
+            low, high = row["gain_low"], row["gain_high"]
             yield _row(
-                "predicts", f"|ρ| with {_told(quality)}: {told} − weight $r_{{.99}}$",
-                abs(first) - abs(second), low, high, held["config"].nunique(),
-                sign("weight rank predicts better", f"{told} predicts better")(low, high),
+                "predicts", f"gain in ρ, {_told(row['quality'])}: {told} over $d_c$ itself",
+                row["gain"], low, high, row["configs"],
+                sign("$d_c$ predicts better", f"{told} predicts better")(low, high),
             )  # fmt: skip
+    if not rows:
+        return
+    for quality, expected in prediction.EXPECTED.items():
+        held = runs.dropna(subset=["rank_loss", "error", quality])
+        reached, groups = held[quality].to_numpy(float), list(held["config"])
+        (first, one), (second, two) = (
+            miniature.spearman(held[name].to_numpy(float), reached, groups)
+            for name in ("error", "rank_loss")
+        )
+        low, high = miniature.percentiles(expected * (one - two))
+        yield _row(
+            "predicts", f"gain in ρ, {_told(quality)}: output error over weight $r_{{.99}}$",
+            expected * (first - second), low, high, held["config"].nunique(),
+            sign("weight rank predicts better", "output error predicts better")(low, high),
+        )  # fmt: skip
 
 
 def rollout_rows(scores: pd.DataFrame) -> Iterator[Row]:
@@ -349,12 +324,17 @@ def draw(out_dir: str) -> Figure:
     table = answers({name: result.table for name, result in results.items()})
     validity, run_hash = miniature.drawn_from(ID, list(results.values()))
     first = ~table["question"].duplicated()
+    shown = score_rows(results["scores"].table, "all_correct")
+    ceiling = of_student(shown, "dense")["value"].mean()
     notes = [
         f"Miniature at $d_c$ = {miniature.D_C} of {miniature.WIDTH}, split "
         f"{miniature.HEAD - miniature.D_ROPE}/{miniature.D_ROPE}, where no other is named; all "
         "correct and IoU after DMD; $r_{.99}$ of the composed weights, interpolated, median of "
         "layers. n: seeds, of correlations configurations, of what breaks the sizes that were "
         f"tried. Verdicts follow from the intervals; breaking and costs are against {MARGIN:g}.",
+        f"All correct of the dense student is {ceiling:.3f}: it cannot show what is lost short of "
+        "a wrong word, hence IoU beside it. Gain in ρ: in the direction in which a predicted loss "
+        "should point; $d_c$ itself knows no spectrum.",
     ]
     with style():
         return save_table(

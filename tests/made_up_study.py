@@ -109,6 +109,7 @@ def _scores(about: dict[str, Any], level: float) -> Rows:
     values = {
         "all_correct": level, "iou": 0.5 + level / 2, "velocity_error": 1.5 - level,
         "colour_kept": 0.99, "phase_error": 3 - level, "colour": 0.98,
+        "background": 0.2 + level,
     }  # fmt: skip
     scopes = ("first",) if about["clips"] == 1 else ("first", "last", "all")
     return [

@@ -39,17 +39,20 @@ class Study:
     """Then put teacher, dense and latent student where the package ships them."""
     tables_only: bool = False
     """Do no work; write the tables of what is done."""
+    force: bool = False
+    """Replace tables in the folder even by those of fewer finished pieces."""
     list_work: bool = False
     """Print the pieces of work, and which are done; do nothing."""
 
     def run(self) -> int:
         """Do the study, and return the exit code."""
         from mla_study.miniature.plan import stage_of, study, teacher_node
+        from mla_study.miniature.publish import refuse_fewer, write_tables
         from mla_study.miniature.sheets import write_videos
         from mla_study.miniature.shipping import ship
         from mla_study.miniature.store import Store
-        from mla_study.miniature.tables import summary, write_tables
-        from mla_study.study.runs import file_sha256, read_result
+        from mla_study.miniature.tables import summary
+        from mla_study.study.runs import file_sha256
         from mla_study.world.shipped import shipped
 
         workers = self.workers or len(os.sched_getaffinity(0))
@@ -68,16 +71,24 @@ class Study:
                 state = "done" if store.done(plan, piece.name) else "to do"
                 print(f"{state:6} {piece.kind:9} {piece.name}")
             return 0
-        try:
-            if not self.tables_only:
-                store.run(plan, tell)
-        except KeyboardInterrupt:
-            tell("interrupted: the same command goes on")
-            return _EXIT_INTERRUPTED
         out = self.out or self.store / f"tables-{self.which}"
-        folders = write_tables(plan, store, out, self.which)
-        print(summary(read_result(out / "study_scores").table))
-        print(f"tables: {', '.join(str(folder) for folder in folders)}")
+        if not self.tables_only:
+            if not self.force:  # said before the work, not after hours of it
+                refuse_fewer(plan.nodes, plan, out, f"the {self.which} study has")
+            try:
+                store.run(plan, tell)
+            except KeyboardInterrupt:
+                tell("interrupted: the same command goes on")
+                return _EXIT_INTERRUPTED
+        written = write_tables(plan, store, out, self.which, self.force)
+        if "scores" in written.tables:
+            print(summary(written.tables["scores"]))
+        else:
+            print("no student is judged yet, so that there are no scores")
+        print(
+            f"tables of {written.pieces} of {len(plan)} pieces: "
+            f"{', '.join(map(str, written.folders))}"
+        )
         if self.tables_only:
             return 0
         videos = self.store / f"tables-{self.which}" / "videos"

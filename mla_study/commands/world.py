@@ -119,6 +119,10 @@ class World:
 class Score:
     """Say what a video of the miniature world shows, and how well that is its caption.
 
+    IoU and position error are against a sprite that keeps to one path from the first frame on; of a
+    video longer than 12 frames they are given as well by the study's windows of 12 frames, in each
+    of which the true sprite sets out anew from where it is first seen.
+
     Example: mla-study score clip.mp4 --caption "fast red square moving right middle center on
     stripes"
     """
@@ -142,16 +146,23 @@ class Score:
         from mla_study.world.report import facts_document, score_text, shown_text
         from mla_study.world.scenes import World
         from mla_study.world.score import compare
+        from mla_study.world.windows import by_windows, windows_text
 
         world = World(self.size)
         wanted = None if self.caption is None else parse_caption(self.caption)
-        parsed = parse(read_video(self.video, self.size), world)
+        video = read_video(self.video, self.size)
+        parsed = parse(video, world)
         scores = None if wanted is None else compare(parsed, [wanted])
+        windowed = None if wanted is None else by_windows(video, wanted, world)
         if self.json:
             document = facts_document(parsed) if scores is None else scores.clip(0)
+            if windowed is not None:
+                document["windows"] = windowed
             print(json.dumps({"frames": parsed.where.shape[1], **document}, indent=1))
             return 0
         print(shown_text(parsed))
         if scores is not None:
             print(score_text(scores))
+        if windowed is not None:
+            print(windows_text(windowed))
         return 0

@@ -1,16 +1,13 @@
 """Judges a model of the world by its videos: rolled out, decoded, parsed window by window.
 
-A long video is read in windows of the training length. In each of them the true sprite moves as
-the caption says from where the sprite was first seen there, so that overlap and velocity tell what
-a window shows by itself; how far the sprite has strayed from its path since the start is
-``phase_error``.
+How a long video is judged stands in :mod:`mla_study.world.windows`.
 
 Shapes: B videos, F frames, C latent channels, h x w latent, H = W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +22,10 @@ from mla_study.model.transformer import WanTransformer
 from mla_study.rollout.sampler import guided, solve
 from mla_study.rollout.stream import positions_of, stream
 from mla_study.world.codec import Codec
-from mla_study.world.fitting import apart
 from mla_study.world.grammar import Caption, sample_captions
-from mla_study.world.parser import parse
-from mla_study.world.scenes import Scenes, World, velocities
-from mla_study.world.score import Scores, compare
 from mla_study.world.text import CaptionEncoder
+from mla_study.world.windows import records, windows
 
-PLACE = ("row", "column")
-"""Slots that only the first window can show."""
 _TOGETHER = 64
 """Videos that are rolled out at once."""
 
@@ -110,60 +102,6 @@ def _streamed(
         clean_pass=trial.clean_pass,
     )
     return torch.cat([chunk.latents for chunk in chunks], dim=2)[:, :, :total]
-
-
-def windows(
-    video: Float[Tensor, "B 3 F H W"], captions: Sequence[Caption], world: World
-) -> list[Scores]:
-    """Scores of each window of the training length."""
-    found: list[Scores] = []
-    for start in range(0, video.shape[2], world.frames):
-        parsed = parse(video[:, :, start : start + world.frames], world)
-        seen, where = parsed.seen.cpu(), parsed.where.cpu()
-        first = seen.float().argmax(1)
-        rows = torch.arange(len(captions))
-        speed = velocities(world, captions)
-        origin = where[rows, first] - first[:, None] * speed
-        found.append(compare(parsed, captions, Scenes(world, tuple(captions), origin)))
-    return found
-
-
-def records(
-    found: Sequence[Scores], captions: Sequence[Caption], world: World
-) -> list[dict[str, Any]]:
-    """A row a video and window: what is shown (True or False), and how well.
-
-    ``all_correct`` of a later window leaves out the place; ``phase_error`` is that of the window's
-    last frame on the path that the first window began, in pixels, NaN where nothing is seen.
-    """
-    speed = velocities(world, captions)
-    origin = None
-    rows: list[dict[str, Any]] = []
-    for index, scores in enumerate(found):
-        parsed = scores.parsed
-        where, seen = parsed.where.cpu(), parsed.seen.cpu()
-        if origin is None:
-            origin = where[:, 0]
-        last = (index + 1) * world.frames - 1
-        true = origin + last * speed
-        stray = apart(where[:, -1] - true, world.size).norm(dim=-1)
-        stray = stray.masked_fill(~(seen[:, -1] & found[0].parsed.seen[:, 0].cpu()), float("nan"))
-        shown = {s: v for s, v in scores.correct.items() if index == 0 or s not in PLACE}
-        everything = torch.stack(list(shown.values())).all(0)
-        for video in range(len(captions)):
-            rows.append(
-                {"window": index}
-                | {slot: bool(values[video]) for slot, values in shown.items()}
-                | {
-                    "all_correct": bool(everything[video]),
-                    "has_sprite": bool(scores.has_sprite[video]),
-                    "iou": float(scores.iou[video]),
-                    "velocity_error": float(scores.velocity_error[video]),
-                    "colour_kept": float(scores.colour_kept[video]),
-                    "phase_error": float(stray[video]),
-                }
-            )
-    return rows
 
 
 def judge(

@@ -12,12 +12,17 @@ from mla_study.study.runs import round_significant
 from mla_study.study.statistics import percentiles, spearman
 
 _RUN = ["run", "variant", "init", "d_c", "d_rope", "seed"]
+NULL = "size_loss"
+"""The predictor that knows no spectrum: what a cut at d_c loses of a flat one."""
 PREDICTORS = {
+    NULL: "1 − $d_c$ / d ($d_c$ itself)",
     "rank_loss": "1 − $r_{.99}$ / d of its weights",
     "weight_loss": "1 − E($d_c$) of the teacher's weights",
     "output_loss": "1 − E($d_c$) of its outputs",
     "error": "output error after conversion",
 }
+EXPECTED = {"held_out": 1, "all_correct": -1}
+"""Quality -> sign of its correlation with a loss that predicts it."""
 SCOPES = {
     "d_c": "sizes (activation, 24/8)",
     "split": "splits (activation, $d_c$ = 12)",
@@ -39,10 +44,12 @@ def predictors(
 ) -> pd.DataFrame:
     """Losses that the spectra predict for each latent run before its first step, a row a run.
 
-    Columns beside those of the run: ``rank_loss`` (1 - r_.99 / d, r_.99 of the composed weights,
-    interpolated, median of layers), ``weight_loss`` and ``output_loss`` (1 - E(d_c) of the
-    teacher's [W_K; W_V], of the weights and of the outputs on real inputs, mean of layers),
-    ``error`` (of the attention's output after conversion, mean of layers).
+    Columns beside those of the run: ``size_loss`` (1 - d_c / d, which needs no spectrum),
+    ``rank_loss`` (1 - r_.99 / d, r_.99 of the composed weights, interpolated, median of layers),
+    ``weight_loss`` and ``output_loss`` (1 - E(d_c) of the teacher's [W_K; W_V], of the weights and
+    of the outputs on real inputs, mean of layers; of one teacher they follow from d_c, and order
+    runs as ``size_loss`` does), ``error`` (of the attention's output after conversion, mean of
+    layers).
     """
     start = ranks[
         (ranks["operator"] == "composed") & (ranks["gauge"] == "raw") & (ranks["step"] == 0)
@@ -50,6 +57,7 @@ def predictors(
     ]  # fmt: skip
     start = start.drop_duplicates(["run", "layer"])
     made = start.groupby(_RUN, as_index=False)["value"].median()
+    made[NULL] = 1 - made["d_c"] / WIDTH
     made["rank_loss"] = 1 - made.pop("value") / WIDTH
     for name, gauge in (("weight_loss", "raw"), ("output_loss", "weighted-raw")):
         kept = energy(spectra, gauge).mean(axis=0)
@@ -86,24 +94,28 @@ def predicted(
 def correlations(runs: pd.DataFrame) -> pd.DataFrame:
     """Rank correlations of :func:`predicted` runs, by ``predictor, quality, scope``.
 
-    ``rho`` with its bootstrap interval ``low, high`` over the ``configs`` configurations.
+    ``rho`` with its bootstrap interval ``low, high`` over the ``configs`` configurations;
+    ``gain``, how much larger it is than that of :data:`NULL` over the same runs (in the direction
+    of :data:`EXPECTED`), with its interval ``gain_low, gain_high`` from the same resamples; NaN
+    where d_c is the same for all.
     """
     rows: list[dict[str, Any]] = []
     for predictor in PREDICTORS:
-        for quality in ("held_out", "all_correct"):
+        for quality, expected in EXPECTED.items():
             for scope in SCOPES:
                 mine = runs[runs[f"{scope}_"]].dropna(subset=[predictor, quality])
                 if mine["config"].nunique() < 3:
                     continue
-                rho, draws = spearman(
-                    mine[predictor].to_numpy(float),
-                    mine[quality].to_numpy(float),
-                    list(mine["config"]),
-                )
+                reached, groups = mine[quality].to_numpy(float), list(mine["config"])
+                rho, draws = spearman(mine[predictor].to_numpy(float), reached, groups)
+                null, null_draws = spearman(mine[NULL].to_numpy(float), reached, groups)
                 low, high = percentiles(draws)
+                gain_low, gain_high = percentiles(expected * (draws - null_draws))
                 rows.append(
                     {"predictor": predictor, "quality": quality, "scope": scope, "rho": rho,
-                     "low": low, "high": high, "configs": mine["config"].nunique()}
+                     "low": low, "high": high, "configs": len(set(groups)),
+                     "gain": expected * (rho - null), "gain_low": gain_low, "gain_high": gain_high}
                 )  # fmt: skip
-    columns = ["predictor", "quality", "scope", "rho", "low", "high", "configs"]
+    columns = ["predictor", "quality", "scope", "rho", "low", "high", "configs", "gain",
+               "gain_low", "gain_high"]  # fmt: skip
     return round_significant(pd.DataFrame(rows, columns=columns))

@@ -17,7 +17,7 @@ from mla_study.miniature.clips import clips_table
 from mla_study.miniature.plan import Node, Plan
 from mla_study.miniature.spectra import spectra
 from mla_study.miniature.store import LOG, VIDEOS, Store
-from mla_study.study.runs import file_sha256, round_significant, write_result
+from mla_study.study.runs import round_significant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,42 +142,6 @@ def _conversion(node: Node, folder: Path) -> pd.DataFrame:
     for place, (name, value) in enumerate(_about(node).items()):
         frame.insert(place, name, value)
     return frame
-
-
-def write_tables(whole: Plan, store: Store, out: Path, study: str) -> list[Path]:
-    """Write ``study_NAME`` folders of what is done into ``out``; their paths.
-
-    Of an unfinished study the tables are ``partial``, and a note names what is left.
-    """
-    plan = Plan(node for node in whole if store.done(whole, node.name))
-    left = sorted({node.name.split("/")[0] for node in whole if node.name not in plan.nodes})
-    notes = [f"the miniature world; {len(plan)} of {len(whole)} pieces of the {study} study"]
-    notes += [f"not finished: {', '.join(left)}"] if left else []
-    found = tables(plan, store)
-    spent = sum(float(store.record(plan, node.name)["cpu_s"]) for node in plan)
-    inputs = {"codec": file_sha256(store.codec)}
-    if store.teacher is not None:
-        inputs["teacher"] = file_sha256(store.teacher)
-    written: list[Path] = []
-    for name, frame in found.items():
-        if frame.empty:
-            continue
-        folder = out / f"study_{name}"
-        write_result(
-            folder,
-            {"table": frame},
-            config={"study": study, "nodes": dict(plan.keys)},
-            inputs=inputs,
-            seed=None,
-            modules=MODULES,
-            provenance="measured",
-            validity="partial" if left else "full",
-            units={k: v for k, v in UNITS.items() if k in frame},
-            notes=notes,
-            observed={"cpu_s_of_all_nodes": round(spent, 1)},
-        )
-        written.append(folder)
-    return written
 
 
 def summary(frame: pd.DataFrame, metrics: Sequence[str] = ("all_correct", "iou")) -> str:

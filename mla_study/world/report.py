@@ -52,9 +52,10 @@ def score_text(scores: Scores) -> str:
     right = sum(clip["correct"].values())
     verdict = "all correct" if clip["all_correct"] else f"{right} of {len(SLOTS)} correct"
     lines.append(
-        f"{verdict}; IoU {clip['iou']:.3f}; velocity error {_told(clip['velocity_error'])} px a "
-        f"frame; position error {_told(clip['phase_error'])} px, at the end "
-        f"{_told(clip['phase_error_last'])}; the colour is kept in {clip['colour_kept']:.0%} of "
+        f"{verdict}; IoU {clip['iou']:.3f} along the path from the first frame; velocity error "
+        f"{_told(clip['velocity_error'])} px a frame; position error {_told(clip['phase_error'])} "
+        f"px, at the end {_told(clip['phase_error_last'])}; the colour is kept in "
+        f"{clip['colour_kept']:.0%} of "
         "frames"
     )
     return "\n".join(lines)

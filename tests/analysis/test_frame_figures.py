@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from miniature.test_clips import truth, write
 
 from analysis import (
@@ -19,11 +21,14 @@ from analysis import (
     table4_hyperparameters,
 )
 from mla_study.checkpoints.wan.load import expected_shapes
-from mla_study.config import preset
+from mla_study.config import mini, preset
 from mla_study.errors import UserError
 from mla_study.kernels.latent_attention import PORTABLE
 from mla_study.miniature.clips import clip_row, even
+from mla_study.rollout.stream import random_model
 from mla_study.study.runs import write_result
+from mla_study.training.loop import Trainer
+from mla_study.training.recipe import stages
 from mla_study.world.scenes import World, sample_scenes
 
 ALL = [fig4_samples, fig5_comparison, fig6_long_horizon]
@@ -209,14 +214,40 @@ def test_the_overview_shows_both_forms_and_nothing_overlaps(name: str) -> None:
         assert all(b.x0 <= word.x0 and word.x1 <= b.x1 for b in inside if b.width > 30), text
 
 
-def test_the_preset_has_the_papers_hyperparameters(tmp_path: Path) -> None:
-    source = table4_hyperparameters.ROOT / table4_hyperparameters.DATA[0]
-    paper = table4_hyperparameters.quoted(source)
-    table = table4_hyperparameters.rows(paper)
+def test_the_preset_has_the_papers_hyperparameters() -> None:
+    sources = [table4_hyperparameters.ROOT / name for name in table4_hyperparameters.DATA]
+    paper, text = map(table4_hyperparameters.quoted, sources)
+    table = table4_hyperparameters.rows(paper, text)
     stated = table[table["paper"].notna()]
-    assert len(stated) == len(paper) == 19
-    assert stated["agreement"].value_counts().to_dict() == {"equal": 18, "no setting here": 1}
-    assert set(table[table["paper"].isna()]["agreement"]) == {"not stated"}
+    assert len(stated) == len(paper) + len(text) == 19 + 13
+    assert stated["source"].value_counts().to_dict() == {"Table 4": 19, "text": 13}
+    names = stated.groupby("agreement")["name"].agg(list)
+    assert names["no setting here"] == ["GPUs", "learning rate, critic, CD"]
+    # of two batches that the paper states one is kept, and no average is .99 from the first step
+    assert names["different"] == ["batch, TF / CD / DMD", "EMA decay, DMD"]
+    assert len(names["equal"]) == 32 - 4
+    unstated = table[table["paper"].isna()]
+    assert set(unstated["agreement"]) == {"not stated"} and unstated["source"].isna().all()
+    for told in ("Adam betas", "guidance, CD", "guidance, DMD", "learning rate, critic, DMD"):
+        assert told in names["equal"]
     # a changed value is seen
-    other = table4_hyperparameters.rows(paper | {"lr_dmd": "3e-6", "backbone": "Wan2.1-T2V-14B"})
-    assert (other["agreement"] == "different").sum() == 2
+    other = table4_hyperparameters.rows(
+        paper | {"lr_dmd": "3e-6", "backbone": "Wan2.1-T2V-14B"}, text | {"critic_updates": "1"}
+    )
+    assert (other["agreement"] == "different").sum() == 2 + 3
+
+
+@pytest.mark.parametrize("step", [0, 4, 499, 2000])
+def test_the_average_decays_as_the_table_says(step: int) -> None:
+    stage = stages("wan-1.3b")["distribution_matching"]
+    told = table4_hyperparameters.ema_told(stage)
+    least, _, rest = told.removeprefix("min(").partition(", ")
+    assert (least, rest) == ("0.99", "(s+1)/(s+10))")
+    old, new = random_model(mini()), random_model(mini())
+    for model, value in ((old, 0.0), (new, 1.0)):
+        for weight in model.parameters():
+            torch.nn.init.constant_(weight, value)
+    trainer = SimpleNamespace(stage=stage, step=step)
+    Trainer._average(trainer, old, new)  # pyright: ignore
+    want = 1 - min(0.99, (step + 1) / (step + 10))
+    assert all(torch.allclose(w, torch.full_like(w, want)) for w in old.parameters())

@@ -91,6 +91,20 @@ def test_correlations_by_scope(tables: dict[str, pd.DataFrame]) -> None:
     want = stats.spearmanr(mine["output_loss"], mine["held_out"])
     np.testing.assert_allclose(row["rho"], want.statistic, rtol=1e-6)  # type: ignore[attr-defined]
     assert row["low"] <= row["rho"] <= row["high"] + 1e-9 and row["configs"] == 5
+    # what follows from d_c alone is no more than d_c; another order is compared on equal resamples
+    for quality in ("held_out", "all_correct"):
+        null = one(found, predictor=prediction.NULL, quality=quality, scope="all")
+        mine = runs.dropna(subset=[quality])
+        want = stats.spearmanr(-mine["d_c"], mine[quality]).statistic  # type: ignore[attr-defined]
+        np.testing.assert_allclose(null["rho"], want, rtol=1e-6)
+        for predictor in (prediction.NULL, "weight_loss", "output_loss"):
+            row = one(found, predictor=predictor, quality=quality, scope="all")
+            assert row[["gain", "gain_low", "gain_high"]].abs().max() < 1e-9
+            assert row["rho"] == null["rho"]
+        row = one(found, predictor="error", quality=quality, scope="all")
+        sign = 1 if quality == "held_out" else -1
+        np.testing.assert_allclose(row["gain"], sign * (row["rho"] - null["rho"]), atol=1e-6)
+        assert row["gain_low"] <= row["gain"] <= row["gain_high"] and row["gain"] > 0
     # equal for all inits of one size: nothing to correlate
     assert np.isnan(one(found, predictor="output_loss", quality="held_out", scope="init")["rho"])
 
@@ -134,7 +148,18 @@ def test_questions_are_answered_by_their_intervals(tables: dict[str, pd.DataFram
     assert verdicts["random's steps to spectral's last loss"] == "0 of 3 seeds get there"
     assert verdicts["all correct − spectral's"] == verdicts["TF loss − random's"] == "better"
     assert verdicts["all correct − dense's, $d_c$ = 4"] == "breaks"
-    assert verdicts["ρ(output error after conversion, TF loss)"] == "predicts"
+    assert verdicts["IoU − dense's, $d_c$ = 2"] == "breaks"
+    assert verdicts["IoU − dense's, $d_c$ = 24"] == "holds"
+    # .29, .17, .08, .06 and .05 are lost, known to .03; IoU falls by half of that, known to .001
+    where = verdicts["sizes where all correct falls by > 0.05"]
+    assert where == "breaks: 2, 4; not settled: 12, 24, 48"
+    assert verdicts["sizes where IoU falls by > 0.05"] == "breaks: 2, 4; holds: 12, 24, 48"
+    # the interval of d_c itself leaves out 0 for all correct alone
+    assert verdicts["ρ(1 − E($d_c$) of its outputs, TF loss)"] == "does not predict"
+    assert verdicts["ρ(1 − $d_c$ / d ($d_c$ itself), all correct)"] == "predicts"
+    assert verdicts["ρ(1 − E($d_c$) of its outputs, all correct)"] == "no more than $d_c$ itself"
+    told = verdicts["ρ(output error after conversion, TF loss)"]
+    assert told == "predicts; more than $d_c$: not settled"
     assert verdicts["activation, no-clean-pass: all correct, 10x"] == "costs more than 0.05"
     assert verdicts["activation, int8-token: IoU, 10x"] == "costs less than 0.05"
     row = one(found, quantity="activation, history-0: IoU, 10x")
@@ -166,6 +191,23 @@ def test_what_a_cost_is_called(low: float, high: float, want: str) -> None:
     assert table_questions.cost(low, high) == want
 
 
+@pytest.mark.parametrize(
+    ("alone", "gain", "low", "want"),
+    [
+        ("predicts", 0.0, 0.0, "no more than $d_c$ itself"),
+        ("predicts", -0.1, -0.3, "no more than $d_c$ itself"),
+        ("predicts", 0.1, 0.02, "predicts, more than $d_c$"),
+        ("predicts", 0.1, -0.02, "predicts; more than $d_c$: not settled"),
+        ("does not predict", -0.1, -0.3, "does not predict"),
+        ("predicts the reverse", -1.0, -1.5, "predicts the reverse"),
+    ],
+)
+def test_a_predictor_is_held_against_size_alone(
+    alone: str, gain: float, low: float, want: str
+) -> None:
+    assert table_questions.beyond_size(alone, gain, low) == want
+
+
 def test_spectra_are_drawn_beside_their_nulls(drawn: Drawn) -> None:
     figure = drawn(fig2_composed_operator)
     top, bottom = figure.axes[2], figure.axes[12]
@@ -195,17 +237,26 @@ def test_curves_of_losses_overlaps_and_drift(drawn: Drawn, tmp_path: Path) -> No
     start = {round(float(line.get_ydata()[-1]), 4) for line in figure.axes[0].lines}
     assert round(1 - 0.001 * 390**0.5, 4) in start and 0.125 in start
     figure = drawn(fig_drift)
-    assert len(figure.axes) == 8 and figure.axes[0].get_xscale() == "log"
+    assert len(figure.axes) == 12 and figure.axes[0].get_xscale() == "log"
     assert max(float(line.get_xdata()[-1]) for line in figure.axes[0].lines) == 149.25
-    assert len([line for line in figure.axes[4].lines if len(line.get_xdata()) == 10]) == 5
+    assert len([line for line in figure.axes[6].lines if len(line.get_xdata()) == 10]) == 5
+    shown = [axis.get_ylabel().split(" (")[0] for axis in figure.axes]
+    assert shown[:3] == shown[6:9] == ["all correct", "background right", "IoU in the window"]
+    # what is drawn of the background is the background's, 0.2 above the level of all correct
+    dense = made_up_study.quality({"init": "none", "variant": "dense", "d_c": 0, "d_rope": 0,
+                                   "seed": 1, "long": False})  # fmt: skip
+    for axis, want in zip(figure.axes[:2], (dense, dense + 0.2), strict=False):
+        assert any(np.isclose(float(line.get_ydata()[0]), want) for line in axis.lines)
 
 
 def test_predictions_are_drawn_with_their_correlations(drawn: Drawn, tmp_path: Path) -> None:
     figure = drawn(fig_spectrum_vs_quality)
-    assert len(figure.axes) == 8
-    assert "all   ρ +0.90" in figure.axes[3].get_title(loc="left")
+    assert len(figure.axes) == 10
+    assert "all   ρ +0.90" in figure.axes[4].get_title(loc="left")
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert "itself" in figure.axes[0].get_xlabel() and titles[0] == titles[2] == titles[3]
     table = pd.read_csv(tmp_path / "fig_spectrum_vs_quality_correlations.csv")
-    assert len(table) == 4 * 2 * 4 and table["configs"].max() == 11
+    assert len(table) == 5 * 2 * 4 and table["configs"].max() == 11
 
 
 def test_other_splits_and_lengths_do_not_stand_in_the_rank_figure(drawn: Drawn) -> None:

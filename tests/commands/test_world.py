@@ -54,6 +54,36 @@ def test_a_wrong_caption_is_named_in_its_slot(
     assert told[-1].startswith("6 of 7 correct; IoU ")
 
 
+def test_a_long_video_is_scored_by_windows_as_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, (frames, seed) in enumerate(((12, 1), (15, 1))):
+        made = [CAPTION, "--frames", str(frames), "--seed", str(seed), "--scale", "1"]
+        assert main(["world", "render", *made, "--out", str(tmp_path / str(part))]) == 0
+    # the second part begins again where the first began; turned by 8 pixels, it is off its path
+    files = [sorted((tmp_path / str(part)).glob("*.png")) for part in (0, 1)]
+    (tmp_path / "long").mkdir()
+    for number, file in enumerate([*files[0], *files[1]]):
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        moved = pixels if number < 12 else np.roll(pixels, 8, axis=1)
+        Image.fromarray(moved).save(tmp_path / "long" / f"{number:03}.png")
+    command = ["score", str(tmp_path / "long"), "--caption", CAPTION]
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    windows = told["windows"]
+    # the last 3 of 27 frames make no window; 12 frames of 2 pixels are a turn of the torus
+    assert (told["frames"], windows["frames"], windows["count"]) == (27, 12, 2)
+    assert windows["phase_error_last"] == pytest.approx(8, abs=0.2)
+    assert windows["iou"] > 0.85 > 0.6 > told["iou"] and windows["all_correct"] == 1
+    assert main(command) == 0
+    *_, first, last = capsys.readouterr().out.splitlines()
+    assert f"IoU {told['iou']:.3f} along the path from the first frame" in first
+    assert last.startswith("in 2 windows of 12 frames") and f"IoU {windows['iou']:.3f}" in last
+    assert main(["score", str(tmp_path / "1"), "--caption", CAPTION]) == 0
+    assert "windows" not in capsys.readouterr().out
+
+
 def test_without_a_caption_it_says_what_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

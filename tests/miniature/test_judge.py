@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from mla_study.config import mini
-from mla_study.miniature.judge import Trial, judge, records, rollouts, windows
+from mla_study.miniature.judge import Trial, judge, rollouts
 from mla_study.rollout.stream import random_model
 from mla_study.world.grammar import Caption
 from mla_study.world.render import render
 from mla_study.world.scenes import Scenes, World, sample_scenes
 from mla_study.world.shipped import world_codec
+from mla_study.world.windows import records, windows
 
 WORLD = World()
 
