@@ -27,12 +27,12 @@ from mla_study.model.transformer import WanTransformer
 from mla_study.training.batch import Data, Draws
 from mla_study.training.checkpoint import Checkpoints, whole_state
 from mla_study.training.fit import require_fit
+from mla_study.training.folder import claimed
 from mla_study.training.objective import Objective, Role, Roles, make_objective
 from mla_study.training.optimisers import make_optimisers, set_rates
 from mla_study.training.ranks import Ranks, accumulating
 from mla_study.training.recipe import Optimiser, Stage
 
-TRAIN_FILE = "train.json"
 LOG_FILE = "log.parquet"
 MODEL_FILE = "model.safetensors"
 
@@ -146,9 +146,16 @@ class Trainer:
         Raises:
             UserError: another run's folder, a loss that is not finite, no space.
         """
+        target = self.run.out / MODEL_FILE
+
+        def begun() -> bool:
+            return target.exists() or self.checkpoints.latest() is not None
+
+        with claimed(self.run.out, self.run.identity(), self._observed(), self.ranks, begun):
+            return self._train(target)
+
+    def _train(self, target: Path) -> Path:
         out, stage = self.run.out, self.stage
-        target = out / MODEL_FILE
-        self._claim()
         latest = self.checkpoints.latest()
         if latest is not None:
             self.step, self.log = self.checkpoints.load(latest)
@@ -271,24 +278,6 @@ class Trainer:
 
         return pd.DataFrame(self.log)
 
-    def _claim(self) -> None:
-        """Take the folder, or find that it holds this very run."""
-        file = self.run.out / TRAIN_FILE
-        mine = json.loads(json.dumps(self.run.identity()))
-        if file.exists():
-            theirs = json.loads(file.read_text())
-            wrong = differences(theirs, mine)
-            if wrong:
-                raise UserError(
-                    f"{self.run.out} holds another run: {'; '.join(wrong[:8])}: choose another "
-                    "folder, or give what it was started with"
-                )
-        elif self.ranks.first:
-            from mla_study.study.runs import atomic_write
-
-            atomic_write(file, (json.dumps(mine, indent=1) + "\n").encode())
-        self.ranks.wait()
-
     def _finish(self, target: Path) -> None:
         state = whole_state(self.result)
         if not self.ranks.first:
@@ -303,7 +292,7 @@ class Trainer:
             modules=("mla_study.training.loop", *self._objective_module()),
             provenance="measured",
             validity="full",
-            observed={"ranks": self.ranks.count, "device": str(self.ranks.device)},
+            observed=self._observed(),
         )
         from mla_study.study.runs import atomic_write
 
@@ -311,6 +300,11 @@ class Trainer:
         # the last thing, which says that the run is done; atomic by itself
         config: ModelConfig = self.result.config
         save_model(state, target, "latent", config=config, overwrite=True)
+
+    def _observed(self) -> dict[str, Any]:
+        device = self.ranks.device
+        threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
+        return {"ranks": self.ranks.count, "device": str(device), **threads}
 
     def _objective_module(self) -> tuple[str, ...]:
         name = type(self.objective).__module__
@@ -359,17 +353,6 @@ def compile_blocks(model: WanTransformer) -> None:
             # the choice reads files of rates, which breaks the graph
             attention.form = "reconstruct"
         block.compile()
-
-
-def differences(theirs: object, mine: object, where: str = "") -> list[str]:
-    """Where two plain values differ, as ``name: was 3, is 4``."""
-    if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
-        found: list[str] = []
-        for key in sorted({*theirs, *mine}, key=str):
-            name = f"{where}.{key}" if where else str(key)
-            found += differences(theirs.get(key), mine.get(key), name)
-        return found
-    return [] if theirs == mine else [f"{where}: was {theirs!r}, is {mine!r}"]
 
 
 def _clip(model: WanTransformer, largest: float) -> Tensor:
