@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, counted
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class VaeDecode:
         finally:
             # After an interruption too: what is there plays.
             writer.close(True)
-        print(f"{', '.join(map(str, writer.paths))}: {frames} frames at {float(fps):g} a second")
+        print(
+            f"{', '.join(map(str, writer.paths))}: {counted(frames, 'frame')} at {float(fps):g} a second"
+        )
         return 0
 
 
@@ -124,7 +126,9 @@ class VaeEncode:
             raise
         sink.close(True)
         left = f", {encoder.waiting} at the end left out" if encoder.waiting else ""
-        print(f"{self.out}: {sink.mark.frames} latent frames of {taken} frames{left}")
+        print(
+            f"{self.out}: {counted(sink.mark.frames, 'latent frame')} of {counted(taken, 'frame')}{left}"
+        )
         return 0
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from mla_study.errors import UserError, tell
+from mla_study.errors import UserError, counted, tell
 
 _EXIT_INTERRUPTED = 130
 
@@ -112,6 +112,6 @@ class Sample:
             tell("interrupted: the same command goes on")
             return _EXIT_INTERRUPTED
         print(
-            f"{done.folder}: {done.there} videos, {done.made} of them new; {done.records / TABLE}"
+            f"{done.folder}: {counted(done.there, 'video')}, {done.made} of them new; {done.records / TABLE}"
         )
         return 0

@@ -150,13 +150,18 @@ class Checkpoints:
                 set_optimizer_state_dict(
                     model, list(self.optimisers[role]), state[f"{role}.optimiser"]
                 )
-        return int(path.name.removeprefix("step-")), log
+        return step_of(path), log
 
 
 def complete(out: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first: their index and their log were written last."""
     found = [p for p in (out / FOLDER).glob("step-*") if p.suffix != _UNFINISHED]
     return sorted(p for p in found if (p / _INDEX).exists() and (p / LOG).exists())
+
+
+def step_of(path: Path) -> int:
+    """Steps done at a checkpoint."""
+    return int(path.name.removeprefix("step-"))
 
 
 @contextmanager

@@ -25,7 +25,8 @@ from mla_study.errors import UserError
 from mla_study.model.attention import LatentSelfAttention
 from mla_study.model.transformer import WanTransformer
 from mla_study.training.batch import Data, Draws
-from mla_study.training.checkpoint import Checkpoints, whole_state
+from mla_study.training.board import Board
+from mla_study.training.checkpoint import Checkpoints, complete, step_of, whole_state
 from mla_study.training.fit import require_fit
 from mla_study.training.folder import claimed
 from mla_study.training.objective import Objective, Role, Roles, make_objective
@@ -161,7 +162,7 @@ class Trainer:
             self.step, self.log = self.checkpoints.load(latest)
         if target.exists() and self.step >= stage.steps:
             return target
-        board = _Board(out / "tensorboard", self.step) if self.ranks.first else None
+        board = Board(out / "tensorboard", self.step) if self.ranks.first else None
         if self.step == 0:
             self._observe()
         bar = self._bar()
@@ -229,7 +230,7 @@ class Trainer:
         own = torch.stack([*terms.values(), norm])
         values = self.ranks.mean(own.clone())
         held = dict(zip([*terms, "gradient_norm"], values.tolist(), strict=True))
-        self._require_finite(held, role, own[:-1])
+        self._require_finite(held, role, own[:-1], mine)
         of_role = self.turns.count(role)
         update = self.step * of_role + self.turns[:turn].count(role)
         factor = chosen.factor(update, stage.steps * of_role)
@@ -239,19 +240,30 @@ class Trainer:
             optimiser.zero_grad(set_to_none=True)
         return held
 
-    def _require_finite(self, found: Mapping[str, float], role: Role, own: Tensor) -> None:
+    def _require_finite(
+        self, found: Mapping[str, float], role: Role, own: Tensor, mine: Sequence[int]
+    ) -> None:
         bad = [name for name, value in found.items() if not math.isfinite(value)]
-        if bad:
-            # the mean is NaN everywhere; a bad gradient alone is nobody's
-            where = self.ranks.which(not bool(own.isfinite().all())) or range(self.ranks.count)
-            guilty = ", ".join(map(str, where))
-            latest = self.checkpoints.latest()
-            good = "there is no checkpoint yet" if latest is None else f"{latest} is the last good"
-            raise UserError(
-                f"{self.stage.objective}, step {self.step + 1}, rank {guilty}: the "
-                f"{role}'s {' and '.join(bad)} became NaN or infinite; {good}: lower the learning "
-                "rate, or look at the data of this step"
-            )
+        if not bad:
+            return
+        # the mean is NaN everywhere; a bad gradient alone is nobody's
+        where = self.ranks.which(not bool(own.isfinite().all())) or range(self.ranks.count)
+        spoilt = self.ranks.which(not self.run.data.batch(mine).finite())
+        saved = complete(self.run.out)
+        good = f"{saved[-1]} is the last good" if saved else "there is no checkpoint yet"
+        if saved and not spoilt and step_of(saved[-1]) == self.step:
+            # no step could be taken from it, and not for its data
+            before = f"{saved[-2]} is the last good" if saved[1:] else "there is none before"
+            good = f"{saved[-1]} led to this, {before}"
+        advice = (
+            f"the data of rank {', '.join(map(str, spoilt))} hold NaN or infinite values: mend them"
+            if spoilt
+            else "lower the learning rate, or look at the data of this step"
+        )
+        raise UserError(
+            f"{self.stage.objective}, step {self.step + 1}, rank {', '.join(map(str, where))}: the "
+            f"{role}'s {' and '.join(bad)} became NaN or infinite; {good}; {advice}"
+        )
 
     @torch.no_grad()
     def _average(self, average: WanTransformer, model: WanTransformer) -> None:
@@ -318,31 +330,6 @@ class Trainer:
         return tqdm(
             total=self.stage.steps, initial=self.step, desc=self.stage.objective, unit="step"
         )
-
-
-class _Board:
-    """Scalars for TensorBoard, where it is installed."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.writer = None
-            return
-        self.writer = SummaryWriter(str(folder), purge_step=step or None)
-
-    def add(self, rows: Sequence[Record], seconds: float) -> None:
-        """Rows of a step, and its speed."""
-        if self.writer is None:
-            return
-        for row in rows:
-            self.writer.add_scalar(row["name"], row["value"], row["step"])
-        self.writer.add_scalar("steps_per_second", 1 / seconds, rows[-1]["step"])
-
-    def close(self) -> None:
-        """Write what is left."""
-        if self.writer is not None:
-            self.writer.close()
 
 
 def compile_blocks(model: WanTransformer) -> None:

@@ -19,7 +19,7 @@ from training.runs import LATENT, OBJECTIVES, Clips, furthest, run_of, stage, tr
 from mla_study.errors import UserError
 from mla_study.training import checkpoint
 from mla_study.training.batch import Batch, Draws
-from mla_study.training.folder import LOCK_FILE, TRAIN_FILE, differences, observed_in
+from mla_study.training.folder import differences
 from mla_study.training.loop import Run, Trainer, compile_blocks
 from mla_study.training.objective import Roles
 from mla_study.training.ranks import Ranks, ranks
