@@ -64,9 +64,8 @@ class VaeDecode:
         finally:
             # After an interruption too: what is there plays.
             writer.close(True)
-        print(
-            f"{', '.join(map(str, writer.paths))}: {counted(frames, 'frame')} at {float(fps):g} a second"
-        )
+        length = counted(frames, "frame")
+        print(f"{', '.join(map(str, writer.paths))}: {length} at {float(fps):g} a second")
         return 0
 
 
@@ -126,9 +125,8 @@ class VaeEncode:
             raise
         sink.close(True)
         left = f", {encoder.waiting} at the end left out" if encoder.waiting else ""
-        print(
-            f"{self.out}: {counted(sink.mark.frames, 'latent frame')} of {counted(taken, 'frame')}{left}"
-        )
+        length = counted(sink.mark.frames, "latent frame")
+        print(f"{self.out}: {length} of {counted(taken, 'frame')}{left}")
         return 0
 
 

@@ -111,7 +111,6 @@ class Sample:
         except KeyboardInterrupt:
             tell("interrupted: the same command goes on")
             return _EXIT_INTERRUPTED
-        print(
-            f"{done.folder}: {counted(done.there, 'video')}, {done.made} of them new; {done.records / TABLE}"
-        )
+        videos = counted(done.there, "video")
+        print(f"{done.folder}: {videos}, {done.made} of them new; {done.records / TABLE}")
         return 0

@@ -161,8 +161,8 @@ class VideoFolder:
         if pixels.shape[2] < self.shot.frames:
             rate = "" if self.shot.fps is None else f" at {self.shot.fps:g} a second"
             raise _BadVideoError(
-                f"{self._name(video)} is too short: it has {counted(pixels.shape[2], 'frame')}{rate}, but a "
-                f"clip needs {self.shot.frames}"
+                f"{self._name(video)} is too short: it has {counted(pixels.shape[2], 'frame')}"
+                f"{rate}, but a clip needs {self.shot.frames}"
             )
         return pixels
 
