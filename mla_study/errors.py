@@ -18,3 +18,8 @@ class UserError(Exception):
 def tell(sentence: str) -> None:
     """Tell what is worth knowing beside the output, in one sentence on stderr."""
     print(f"note: {sentence.rstrip('.')}.", file=sys.stderr, flush=True)
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 chunk``, ``2 chunks``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

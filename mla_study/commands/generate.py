@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from mla_study.errors import UserError, tell
+from mla_study.errors import UserError, counted, tell
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,10 +193,12 @@ class Generate:
             facts={"decoder": type(decoder).__name__, **facts},
             say=tell,
         )
-        length = f"{made.chunks} chunks, {made.frames} frames ({float(made.frames / fps):.3g} s)"
+        frames = counted(made.frames, "frame")
+        length = f"{counted(made.chunks, 'chunk')}, {frames} ({float(made.frames / fps):.3g} s)"
         print(f"{', '.join(map(str, made.paths))}: {length}")
         if made.interrupted:
-            tell(f"interrupted after {made.chunks} chunks: the same command with --resume goes on")
+            done = counted(made.chunks, "chunk")
+            tell(f"interrupted after {done}: the same command with --resume goes on")
             return _EXIT_INTERRUPTED
         return 0
 
@@ -272,7 +274,7 @@ class Generate:
         writer.write(latents)
         writer.close(True)
         paths = ", ".join(map(str, writer.paths))
-        print(f"{paths}: {frames} frames ({frames / video:.3g} s)")
+        print(f"{paths}: {counted(frames, 'frame')} ({frames / video:.3g} s)")
         return 0
 
     def _chunks(self, chunk: int, fps: float, stride: int) -> int | None:
@@ -288,5 +290,8 @@ class Generate:
             frames = latent_frames(self.seconds, fps, stride)
         chunks = whole_chunks(frames, chunk)
         if chunks * chunk != frames:
-            tell(f"{frames} latent frames are rounded up to {chunks * chunk}: chunks have {chunk}")
+            tell(
+                f"{counted(frames, 'latent frame')} made into {chunks * chunk}, "
+                f"{counted(chunks, 'whole chunk')} of {chunk}"
+            )
         return chunks

@@ -55,7 +55,7 @@ class Study:
         from mla_study.study.runs import file_sha256
         from mla_study.world.shipped import shipped
 
-        workers = self.workers or len(os.sched_getaffinity(0))
+        workers = len(os.sched_getaffinity(0)) if self.workers is None else self.workers
         if workers < 1:
             raise UserError(f"--workers is {workers}, but it must be at least 1")
         codec, teacher = shipped("codec"), None

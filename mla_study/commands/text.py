@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mla_study.errors import UserError, tell
+from mla_study.errors import UserError, counted, tell
 
 _SAVED_EVERY = 64
 
@@ -54,7 +54,7 @@ class TextEncode:
         held = embeddings(self.out) if self.out.exists() else None
         waiting = [p for p in prompts if held is None or p not in held]
         if not waiting:
-            print(f"{self.out} holds all {len(prompts)} prompts already")
+            print(f"{self.out} holds {counted(len(prompts), 'prompt')} already")
             return 0
         device = usable_device(self.device)
         encoder = load_text_encoder(self.wan, getattr(torch, self.dtype), device)
@@ -76,7 +76,7 @@ class TextEncode:
                 save_embeddings(self.out, names, rows, facts)
         for note in encoder.notes:
             tell(note)
-        print(f"{self.out}: {len(waiting)} prompts encoded, {len(names)} in the file")
+        print(f"{self.out}: {counted(len(waiting), 'prompt')} encoded, {len(names)} in the file")
         return 0
 
 

@@ -8,14 +8,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from mla_study.errors import UserError, tell
+from mla_study.errors import UserError, counted, tell
 
 if TYPE_CHECKING:
     from mla_study.model.transformer import WanTransformer
+    from mla_study.training.ranks import Ranks
     from mla_study.training.recipe import Stage
 
 _EXIT_INTERRUPTED = 130
 SHIPPED = "shipped:"
+_TEACHERS = {
+    "consistency": (
+        "the dense model after teacher forcing (such as that of mla-study train teacher_forcing "
+        "--generator shipped:teacher)"
+    ),
+    "distribution_matching": "a bidirectional checkpoint or shipped:teacher",
+}
+_SMALL = 10_000_000
+"""Parameters below which threads wait for each other longer than they compute; the miniature has
+less than a million."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,12 @@ class Train:
     """Folder of checkpoints, log and the trained model."""
     preset: Literal["mini", "small", "wan-1.3b"] = "mini"
     """Whose hyperparameters; the model's shapes too, where it begins from nothing."""
-    start: str | None = None
-    """Weights of the generator: any checkpoint, or shipped:dense, shipped:latent, shipped:teacher;
-    flow alone begins from nothing without it."""
+    generator: str | None = None
+    """Weights that training begins from: any checkpoint, or shipped:dense, shipped:latent,
+    shipped:teacher; flow alone begins from nothing without it."""
     teacher: str | None = None
-    """Frozen weights that consistency (chunk-causal) and distribution_matching (bidirectional)
-    learn from."""
+    """Frozen weights to learn from: for consistency a chunk-causal model, the dense one after
+    teacher_forcing; for distribution_matching a bidirectional one, such as shipped:teacher."""
     data: str = "world"
     """world, a folder of videos with captions, or a file of prompts."""
     wan: Path | None = None
@@ -48,17 +59,23 @@ class Train:
     """NAME=VALUE of the stage, such as steps=50 or optimiser.lr=1e-4; may be repeated."""
     device: str = "cpu"
     """cpu or cuda."""
+    threads: int | None = None
+    """Threads of torch on the CPU (default: those that the run began with; at first its own choice,
+    and one for a model as small as the miniature)."""
     dry_run: bool = False
     """Print memory a rank and time of the stage, and do nothing."""
-    ranks: int = 8
-    """Ranks of the dry run."""
-    card: str = "H100"
-    """Whose time the dry run estimates."""
+    ranks: int | None = None
+    """Ranks of the dry run (default: 8 for wan-1.3b, else 1)."""
+    card: str | None = None
+    """Whose memory and time the dry run holds it against (default: H100 for wan-1.3b and for
+    --device cuda, else this machine)."""
 
     def run(self) -> int:
         """Train, and return the exit code."""
         from mla_study.training.recipe import changed, stages
 
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads is {self.threads}, but it must be at least 1")
         known = stages(self.preset)
         name = self.objective.replace("-", "_")
         base = known.get(name)
@@ -76,11 +93,18 @@ class Train:
 
     def _planned(self, stage: Stage) -> int:
         from mla_study.config import preset
+        from mla_study.evaluation.efficiency.host import this_host
         from mla_study.evaluation.efficiency.train_plan import plan_training
 
-        student = preset(self.preset, latent=stage.objective != "flow")
-        plan = plan_training(stage, student, preset(self.preset), self.ranks, self.card)
-        print(plan.text())
+        wan = self.preset == "wan-1.3b"
+        ranks = (8 if wan else 1) if self.ranks is None else self.ranks
+        card = self.card or ("H100" if wan or self.device.startswith("cuda") else None)
+        student, teacher = (
+            preset(self.preset, latent=stage.objective != "flow"),
+            preset(self.preset),
+        )
+        host = None if card else this_host(self.preset, stage, student, teacher, ranks)
+        print(plan_training(stage, student, teacher, ranks, card, host).text())
         return 0
 
     def _trained(self, stage: Stage) -> int:
@@ -92,9 +116,12 @@ class Train:
 
         inputs = self._checked(stage)
         with ranks(self.device, stage.precision) as here:
-            start = self._model("start", self.start, inputs)
+            if here.first and self.teacher is not None and stage.objective == "consistency":
+                _warn_of_teacher(self.teacher)
+            start = self._model("generator", self.generator, inputs)
             if start is None:
                 start = fresh_model(preset(self.preset), stage.seed)
+            self._use_threads(start, here)
             teacher = self._model("teacher", self.teacher, inputs)
             data = open_data(
                 self.data, start.config, stage.seed, frames=stage.frames, wan=self.wan,
@@ -119,18 +146,45 @@ class Train:
         from mla_study.training.objective import make_objective
 
         objective = make_objective(stage.objective, stage.options)
-        if self.start is None and stage.objective != "flow":
+        if self.generator is None and stage.objective != "flow":
             raise UserError(
-                f"{stage.objective} needs weights to begin from: give --start, a checkpoint or "
+                f"{stage.objective} needs weights to begin from: give --generator, a checkpoint or "
                 "shipped:dense (and mla-study latentize for a latent one)"
             )
         if self.teacher is None and {"teacher", "fake_score"} & set(objective.roles):
-            raise UserError(
-                f"{stage.objective} learns from a teacher: give --teacher, a checkpoint or "
-                "shipped:teacher"
-            )
+            which = _TEACHERS.get(stage.objective, "a checkpoint")
+            raise UserError(f"{stage.objective} learns from a teacher: give --teacher, {which}")
         own = Path(stage.objective)
         return {"objective": file_sha256(own)} if own.suffix == ".py" else {}
+
+    def _use_threads(self, model: WanTransformer, here: Ranks) -> None:
+        """As many as were asked for, or as the run has gone on with so far; changes are told."""
+        import torch
+
+        from mla_study.training.checkpoint import complete
+        from mla_study.training.folder import observed_in
+
+        if here.device.type != "cpu" and self.threads is None:
+            return
+        small = sum(p.numel() for p in model.parameters()) < _SMALL
+        own = 1 if small else torch.get_num_threads()
+        seen = observed_in(self.out) if complete(self.out) else {}
+        before = seen.get("threads")
+        # threads of other ranks say nothing about how many each should have
+        kept = before if seen.get("ranks") == here.count else None
+        chosen = self.threads or kept or own
+        torch.set_num_threads(chosen)
+        if not here.first or before is None:
+            return
+        if chosen != before:
+            tell(
+                f"the run goes on with {counted(chosen, 'thread')} in place of {before}, which may "
+                "change its last digits"
+            )
+        elif self.threads is None and chosen != own:
+            tell(
+                f"the run goes on with {counted(chosen, 'thread')}, as before: --threads changes it"
+            )
 
     def _model(self, role: str, name: str | None, inputs: dict[str, str]) -> WanTransformer | None:
         if name is None:
@@ -144,6 +198,32 @@ class Train:
         model = load_model(path, dtype=torch.float32)
         inputs[role] = _digest(model)
         return model
+
+
+def _warn_of_teacher(name: str) -> None:
+    """Tell where consistency's teacher is known to have been trained bidirectionally."""
+    if _is_bidirectional(name):
+        tell(
+            f"{name} is bidirectional, but consistency asks its teacher chunk by chunk, which it "
+            "was not trained for: the dense model after teacher_forcing is meant"
+        )
+
+
+def _is_bidirectional(name: str) -> bool:
+    """Whether weights are the shipped teacher, or what a run of ``flow`` left."""
+    from mla_study.study.runs import RUN_FILE, read_record
+    from mla_study.world.shipped import FOLDER
+
+    if name.startswith(SHIPPED):
+        return name == f"{SHIPPED}teacher"
+    path = Path(name)
+    if path.absolute() == FOLDER / "teacher.safetensors":
+        return True
+    record: Any = read_record((path if path.is_dir() else path.parent) / RUN_FILE)
+    try:
+        return record["identity"]["config"]["stage"]["objective"] == "flow"
+    except (KeyError, TypeError):
+        return False
 
 
 def _digest(model: WanTransformer) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, counted
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class VaeDecode:
         finally:
             # After an interruption too: what is there plays.
             writer.close(True)
-        print(f"{', '.join(map(str, writer.paths))}: {frames} frames at {float(fps):g} a second")
+        length = counted(frames, "frame")
+        print(f"{', '.join(map(str, writer.paths))}: {length} at {float(fps):g} a second")
         return 0
 
 
@@ -124,7 +125,8 @@ class VaeEncode:
             raise
         sink.close(True)
         left = f", {encoder.waiting} at the end left out" if encoder.waiting else ""
-        print(f"{self.out}: {sink.mark.frames} latent frames of {taken} frames{left}")
+        length = counted(sink.mark.frames, "latent frame")
+        print(f"{self.out}: {length} of {counted(taken, 'frame')}{left}")
         return 0
 
 

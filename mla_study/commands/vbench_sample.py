@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from mla_study.errors import UserError, tell
+from mla_study.errors import UserError, counted, tell
 
 _EXIT_INTERRUPTED = 130
 
@@ -111,7 +111,6 @@ class Sample:
         except KeyboardInterrupt:
             tell("interrupted: the same command goes on")
             return _EXIT_INTERRUPTED
-        print(
-            f"{done.folder}: {done.there} videos, {done.made} of them new; {done.records / TABLE}"
-        )
+        videos = counted(done.there, "video")
+        print(f"{done.folder}: {videos}, {done.made} of them new; {done.records / TABLE}")
         return 0

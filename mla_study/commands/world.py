@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, counted
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class WorldRender:
         write_clip(scenes, self.out, self.frames, self.scale, self.fps)
         y, x = scenes.start[0].tolist()
         print(
-            f"{self.out}: {self.frames} frames of {self.size} x {self.size}, each pixel "
+            f"{self.out}: {counted(self.frames, 'frame')} of {self.size} x {self.size}, each pixel "
             f"{self.scale} x {self.scale}; the sprite starts at row {y:.2f}, column {x:.2f}"
         )
         return 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mla_study.config import WindowConfig
-from mla_study.errors import UserError
+from mla_study.errors import UserError, counted
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -114,7 +114,7 @@ def chunks_of(frames: int, chunk: int, first: int | None = None) -> list[tuple[i
     start = first or 0
     if frames < 1 or chunk < 1 or start < 0 or start > frames or (frames - start) % chunk:
         raise UserError(
-            f"{frames} frames do not make whole chunks of {chunk}"
+            f"whole chunks of {chunk} do not make up {counted(frames, 'frame')}"
             + (f" after a first one of {first}" if first else "")
         )
     head = [tuple(range(start))] if start else []

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, counted
 from mla_study.rollout.prompts import philox
 from mla_study.rollout.sampler import Lookup, add_noise, flow_target, warped_steps, x0_from_flow
 
@@ -188,7 +188,8 @@ def info_text(file: LatentFile) -> str:
     wan = len(found.std) == len(WAN_STD)
     lines = [
         f"{file.path}: {file.name}, {_dtype(latents)} {list(file.stored_shape)} ({file.order})",
-        f"{b} samples, {c} channels, {f} latent frames of {h} x {w}",
+        f"{counted(b, 'sample')}, {counted(c, 'channel')}, "
+        f"{counted(f, 'latent frame')} of {h} x {w}",
         f"mean {float(flat.mean()):.4f}, std {float(flat.std(correction=0)):.4f}, "
         f"least {float(flat.min()):.4f}, greatest {float(flat.max()):.4f}",
         "channel     mean      std" + ("   VAE mean   VAE std" if wan else ""),

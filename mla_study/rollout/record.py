@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, counted
 from mla_study.rollout.resume import Saved, identity, kept_tail, load, save, state_path
 from mla_study.rollout.sinks import check_place, kind_of
 from mla_study.rollout.stream import Rollout
@@ -76,7 +76,7 @@ def record(
     paths = tuple(sample_paths(out, rollout.cache.batch)) if pixels else (out,)
     done = rollout.next_chunk
     if saved is not None and saved.finished and chunks is not None and done >= chunks:
-        say(f"{out} is complete already: {done} chunks")
+        say(f"{out} is complete already: {counted(done, 'chunk')}")
         return Recorded(done, saved.marks[0].frames, paths, False)
     tail = saved.tail if saved else None
     writer = VideoWriter(

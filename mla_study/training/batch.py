@@ -38,6 +38,11 @@ class Batch:
         latents = None if self.latents is None else self.latents.to(device)
         return Batch(self.context.to(device), latents, self.captions)
 
+    def finite(self) -> bool:
+        """Whether no value is NaN or infinite."""
+        held = (self.context, self.latents)
+        return all(bool(part.isfinite().all()) for part in held if part is not None)
+
 
 @runtime_checkable
 class Data(Protocol):

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from mla_study.errors import UserError
 from mla_study.training.ranks import Ranks
@@ -58,12 +59,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest complete one."""
-        return max(self._complete(), default=None)
-
-    def _complete(self) -> list[Path]:
-        """Finished ones, oldest first: their index and their log were written last."""
-        found = [p for p in self.folder.glob("step-*") if p.suffix != _UNFINISHED]
-        return sorted(p for p in found if (p / _INDEX).exists() and (p / LOG).exists())
+        return max(complete(self.out), default=None)
 
     def _state(self) -> dict[str, Any]:
         options = StateDictOptions(cpu_offload=False)
@@ -80,8 +76,10 @@ class Checkpoints:
         """Write the state after ``step`` steps, and the log.
 
         Raises:
-            UserError: it cannot be written; the checkpoint before stays.
+            UserError: weights that nothing can go on from, or it cannot be written; the checkpoint
+                before stays.
         """
+        self._require_sound(step)
         final = self.folder / f"step-{step:08d}"
         partial = final.with_name(final.name + _UNFINISHED)
         try:
@@ -109,12 +107,22 @@ class Checkpoints:
         self.ranks.wait()
         return final
 
+    def _require_sound(self, step: int) -> None:
+        """Refuse weights that are not finite, or too large for the sum of their squares to be."""
+        for role, model in self.models.items():
+            if self.ranks.which(not _sound(model)):
+                raise UserError(
+                    f"step {step}: the {role}'s weights became NaN, infinite or as good as that, "
+                    f"and are not saved; {self._last()} stays: lower the learning rate, or look at "
+                    "the data before this step"
+                )
+
     def _last(self) -> str:
         latest = self.latest()
         return "nothing before it" if latest is None else latest.name
 
     def _prune(self) -> None:
-        for old in self._complete()[:-KEPT]:
+        for old in complete(self.out)[:-KEPT]:
             shutil.rmtree(old)
         for left in self.folder.glob(f"step-*{_UNFINISHED}"):
             shutil.rmtree(left)
@@ -131,9 +139,10 @@ class Checkpoints:
                 state_dict_loader.load(state, checkpoint_id=path, no_dist=self.ranks.count == 1)
             log = json.loads((path / LOG).read_text())
         except (Exception, CheckpointException) as error:
+            before = [found for found in complete(self.out) if found < path]
+            on = "goes on from the one before" if before else "begins anew, for there is no other"
             raise UserError(
-                f"checkpoint {path} cannot be read ({_reason(error)}): remove it, and the run goes "
-                "on from the one before"
+                f"checkpoint {path} cannot be read ({_reason(error)}): remove it, and the run {on}"
             ) from None
         for role, model in self.models.items():
             set_model_state_dict(model, state[role])
@@ -141,7 +150,18 @@ class Checkpoints:
                 set_optimizer_state_dict(
                     model, list(self.optimisers[role]), state[f"{role}.optimiser"]
                 )
-        return int(path.name.removeprefix("step-")), log
+        return step_of(path), log
+
+
+def complete(out: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first: their index and their log were written last."""
+    found = [p for p in (out / FOLDER).glob("step-*") if p.suffix != _UNFINISHED]
+    return sorted(p for p in found if (p / _INDEX).exists() and (p / LOG).exists())
+
+
+def step_of(path: Path) -> int:
+    """Steps done at a checkpoint."""
+    return int(path.name.removeprefix("step-"))
 
 
 @contextmanager
@@ -151,11 +171,25 @@ def _alone_is_meant() -> Generator[None, None, None]:
         yield
 
 
+@torch.no_grad()
+def _sound(model: nn.Module) -> bool:
+    """Whether the squares of all weights that lie here have a finite sum in float32."""
+    total = torch.zeros(())
+    for parameter in model.parameters():
+        here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        total = total.to(here.device) + here.float().square().sum()
+    return bool(total.isfinite())
+
+
 def _reason(error: BaseException) -> str:
     causes = getattr(error, "failures", None)
     first = next(iter(causes.values())) if causes else error
     inner = first[0] if isinstance(first, tuple) else first
-    return getattr(inner, "strerror", None) or str(inner).splitlines()[0][:200]
+    said = getattr(inner, "strerror", None) or str(inner).strip()
+    if not said and isinstance(inner, EOFError):
+        said = "a file ends too early"
+    # some errors say nothing but their name
+    return (said or type(inner).__name__).splitlines()[0][:200]
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

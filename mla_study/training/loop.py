@@ -25,8 +25,10 @@ from mla_study.errors import UserError
 from mla_study.model.attention import LatentSelfAttention
 from mla_study.model.transformer import WanTransformer
 from mla_study.training.batch import Data, Draws
-from mla_study.training.checkpoint import Checkpoints, whole_state
+from mla_study.training.board import Board
+from mla_study.training.checkpoint import Checkpoints, complete, step_of, whole_state
 from mla_study.training.fit import require_fit
+from mla_study.training.folder import claimed
 from mla_study.training.objective import (
     TRAINED,
     Objective,
@@ -39,7 +41,6 @@ from mla_study.training.optimisers import make_optimisers, set_rates
 from mla_study.training.ranks import Ranks, accumulating
 from mla_study.training.recipe import Optimiser, Stage
 
-TRAIN_FILE = "train.json"
 LOG_FILE = "log.parquet"
 MODEL_FILE = "model.safetensors"
 
@@ -153,15 +154,22 @@ class Trainer:
         Raises:
             UserError: another run's folder, a loss that is not finite, no space.
         """
+        target = self.run.out / MODEL_FILE
+
+        def begun() -> bool:
+            return target.exists() or self.checkpoints.latest() is not None
+
+        with claimed(self.run.out, self.run.identity(), self._observed(), self.ranks, begun):
+            return self._train(target)
+
+    def _train(self, target: Path) -> Path:
         out, stage = self.run.out, self.stage
-        target = out / MODEL_FILE
-        self._claim()
         latest = self.checkpoints.latest()
         if latest is not None:
             self.step, self.log = self.checkpoints.load(latest)
         if target.exists() and self.step >= stage.steps:
             return target
-        board = _Board(out / "tensorboard", self.step) if self.ranks.first else None
+        board = Board(out / "tensorboard", self.step) if self.ranks.first else None
         if self.step == 0:
             self._observe()
         bar = self._bar()
@@ -230,7 +238,7 @@ class Trainer:
         own = torch.stack([*terms.values(), norm])
         values = self.ranks.mean(own.clone())
         held = dict(zip([*terms, "gradient_norm"], values.tolist(), strict=True))
-        self._require_finite(held, role, own[:-1])
+        self._require_finite(held, role, own[:-1], mine)
         of_role = self.turns.count(role)
         update = self.step * of_role + self.turns[:turn].count(role)
         factor = chosen.factor(update, stage.steps * of_role)
@@ -240,19 +248,30 @@ class Trainer:
             optimiser.zero_grad(set_to_none=True)
         return held
 
-    def _require_finite(self, found: Mapping[str, float], role: Role, own: Tensor) -> None:
+    def _require_finite(
+        self, found: Mapping[str, float], role: Role, own: Tensor, mine: Sequence[int]
+    ) -> None:
         bad = [name for name, value in found.items() if not math.isfinite(value)]
-        if bad:
-            # the mean is NaN everywhere; a bad gradient alone is nobody's
-            where = self.ranks.which(not bool(own.isfinite().all())) or range(self.ranks.count)
-            guilty = ", ".join(map(str, where))
-            latest = self.checkpoints.latest()
-            good = "there is no checkpoint yet" if latest is None else f"{latest} is the last good"
-            raise UserError(
-                f"{self.stage.objective}, step {self.step + 1}, rank {guilty}: the "
-                f"{role}'s {' and '.join(bad)} became NaN or infinite; {good}: lower the learning "
-                "rate, or look at the data of this step"
-            )
+        if not bad:
+            return
+        # the mean is NaN everywhere; a bad gradient alone is nobody's
+        where = self.ranks.which(not bool(own.isfinite().all())) or range(self.ranks.count)
+        spoilt = self.ranks.which(not self.run.data.batch(mine).finite())
+        saved = complete(self.run.out)
+        good = f"{saved[-1]} is the last good" if saved else "there is no checkpoint yet"
+        if saved and not spoilt and step_of(saved[-1]) == self.step:
+            # no step could be taken from it, and not for its data
+            before = f"{saved[-2]} is the last good" if saved[1:] else "there is none before"
+            good = f"{saved[-1]} led to this, {before}"
+        advice = (
+            f"the data of rank {', '.join(map(str, spoilt))} hold NaN or infinite values: mend them"
+            if spoilt
+            else "lower the learning rate, or look at the data of this step"
+        )
+        raise UserError(
+            f"{self.stage.objective}, step {self.step + 1}, rank {', '.join(map(str, where))}: the "
+            f"{role}'s {' and '.join(bad)} became NaN or infinite; {good}; {advice}"
+        )
 
     @torch.no_grad()
     def _average(self, average: WanTransformer, model: WanTransformer) -> None:
@@ -279,24 +298,6 @@ class Trainer:
 
         return pd.DataFrame(self.log)
 
-    def _claim(self) -> None:
-        """Take the folder, or find that it holds this very run."""
-        file = self.run.out / TRAIN_FILE
-        mine = json.loads(json.dumps(self.run.identity()))
-        if file.exists():
-            theirs = json.loads(file.read_text())
-            wrong = differences(theirs, mine)
-            if wrong:
-                raise UserError(
-                    f"{self.run.out} holds another run: {'; '.join(wrong[:8])}: choose another "
-                    "folder, or give what it was started with"
-                )
-        elif self.ranks.first:
-            from mla_study.study.runs import atomic_write
-
-            atomic_write(file, (json.dumps(mine, indent=1) + "\n").encode())
-        self.ranks.wait()
-
     def _finish(self, target: Path) -> None:
         state = whole_state(self.result)
         if not self.ranks.first:
@@ -311,7 +312,7 @@ class Trainer:
             modules=("mla_study.training.loop", *self._objective_module()),
             provenance="measured",
             validity="full",
-            observed={"ranks": self.ranks.count, "device": str(self.ranks.device)},
+            observed=self._observed(),
         )
         from mla_study.study.runs import atomic_write
 
@@ -319,6 +320,11 @@ class Trainer:
         # the last thing, which says that the run is done; atomic by itself
         config: ModelConfig = self.result.config
         save_model(state, target, "latent", config=config, overwrite=True)
+
+    def _observed(self) -> dict[str, Any]:
+        device = self.ranks.device
+        threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
+        return {"ranks": self.ranks.count, "device": str(device), **threads}
 
     def _objective_module(self) -> tuple[str, ...]:
         name = type(self.objective).__module__
@@ -334,31 +340,6 @@ class Trainer:
         )
 
 
-class _Board:
-    """Scalars for TensorBoard, where it is installed."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.writer = None
-            return
-        self.writer = SummaryWriter(str(folder), purge_step=step or None)
-
-    def add(self, rows: Sequence[Record], seconds: float) -> None:
-        """Rows of a step, and its speed."""
-        if self.writer is None:
-            return
-        for row in rows:
-            self.writer.add_scalar(row["name"], row["value"], row["step"])
-        self.writer.add_scalar("steps_per_second", 1 / seconds, rows[-1]["step"])
-
-    def close(self) -> None:
-        """Write what is left."""
-        if self.writer is not None:
-            self.writer.close()
-
-
 def compile_blocks(model: WanTransformer) -> None:
     """Compile a model's blocks, in place."""
     for block in model.blocks:
@@ -367,17 +348,6 @@ def compile_blocks(model: WanTransformer) -> None:
             # the choice reads files of rates, which breaks the graph
             attention.form = "reconstruct"
         block.compile()
-
-
-def differences(theirs: object, mine: object, where: str = "") -> list[str]:
-    """Where two plain values differ, as ``name: was 3, is 4``."""
-    if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
-        found: list[str] = []
-        for key in sorted({*theirs, *mine}, key=str):
-            name = f"{where}.{key}" if where else str(key)
-            found += differences(theirs.get(key), mine.get(key), name)
-        return found
-    return [] if theirs == mine else [f"{where}: was {theirs!r}, is {mine!r}"]
 
 
 def _clip(model: WanTransformer, largest: float) -> Tensor:

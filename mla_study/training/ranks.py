@@ -113,11 +113,16 @@ def ranks(device: str, precision: Precision) -> Generator[Ranks, None, None]:
         device: ``cpu`` or ``cuda``; with several ranks each takes the GPU of its local rank.
 
     Raises:
-        UserError: no GPU, or fewer GPUs than ranks on this machine.
+        UserError: another device, no GPU, or fewer GPUs than ranks on this machine.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise UserError(f"there is no device '{device}' to train on: give cpu or cuda")
     if place.type == "cuda":
         if not torch.cuda.is_available() or torch.cuda.device_count() <= local:
             raise UserError(

@@ -15,6 +15,7 @@ from mla_study.config import from_dict, to_dict
 from mla_study.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Optimiser:
             raise UserError(
                 f"Optimiser has lr {self.lr}, lr_matrix {self.lr_matrix}, warmup {self.warmup} and "
                 f"clip {self.clip}: lr must be positive, none of the others negative"
+            )
+        if max(self.lr, self.lr_matrix) > _LARGEST:
+            raise UserError(
+                f"Optimiser has lr {self.lr} and lr_matrix {self.lr_matrix}, which float32 cannot "
+                f"count with: neither may exceed {_LARGEST:g}"
             )
         if not 0 <= self.decay <= 1 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(

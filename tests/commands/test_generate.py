@@ -34,9 +34,19 @@ def test_a_caption_becomes_a_video_that_shows_it(
 ) -> None:
     out = tmp_path / "clip.mp4"
     assert main(["generate", CAPTION, "--frames", "12", "--out", str(out)]) == 0
-    assert "12 frames (1.5 s)" in capsys.readouterr().out
+    assert "4 chunks, 12 frames (1.5 s)" in capsys.readouterr().out
     assert main(["score", str(out), "--caption", CAPTION]) == 0
     assert "all correct" in capsys.readouterr().out
+
+
+def test_one_chunk_in_a_new_folder_is_told_where_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "not" / "there" / "clip.safetensors"
+    assert main(["generate", CAPTION, "--frames", "1", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{out}: 1 chunk, 3 frames (0.375 s)\n" and out.exists()
+    assert "1 latent frame made into 3, 1 whole chunk of 3" in said.err
 
 
 def test_upscaled_files_score_as_their_frames(tmp_path: Path) -> None:

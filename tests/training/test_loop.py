@@ -19,7 +19,8 @@ from training.runs import LATENT, OBJECTIVES, Clips, furthest, run_of, stage, tr
 from mla_study.errors import UserError
 from mla_study.training import checkpoint
 from mla_study.training.batch import Batch, Draws
-from mla_study.training.loop import Run, Trainer, compile_blocks, differences
+from mla_study.training.folder import differences
+from mla_study.training.loop import Run, Trainer, compile_blocks
 from mla_study.training.objective import Roles
 from mla_study.training.ranks import Ranks, ranks
 from mla_study.training.start import fresh_model
@@ -113,9 +114,49 @@ class Poisoned(Clips):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     run = replace(run_of("teacher_forcing", tmp_path), data=Poisoned())
-    found = r"teacher_forcing, step 3, rank 0: .*loss.*NaN.*step-00000002 is the last good"
+    found = (
+        r"teacher_forcing, step 3, rank 0: .*loss.*NaN.*step-00000002 is the last good; the data of"
+    )
     with pytest.raises(UserError, match=found):
         Trainer(run, ALONE, progress=False).train()
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> None:
+    """Weights of this value after so many steps."""
+    one_step = Trainer._one_step
+
+    def spoilt(self: Trainer) -> object:
+        rows = one_step(self)
+        if self.step + 1 == step:
+            self.roles.generator.head.head.weight.data.fill_(value)
+        return rows
+
+    monkeypatch.setattr(Trainer, "_one_step", spoilt)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_weights_that_nothing_goes_on_from_are_not_saved(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2, value)
+    told = "step 2: the generator's weights became NaN.*step-00000001 stays"
+    with pytest.raises(UserError, match=told):
+        Trainer(run_of("teacher_forcing", tmp_path), ALONE, progress=False).train()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_checkpoint_that_no_step_goes_on_from_is_not_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # their squares can be summed, but not times the next step's
+    spoil(monkeypatch, 2, 1e18)
+    told = "step 3.*step-00000002 led to this, .*step-00000001 is the last good; lower the"
+    with pytest.raises(UserError, match=told):
+        Trainer(run_of("teacher_forcing", tmp_path), ALONE, progress=False).train()
+    spoil(monkeypatch, 1, 1e18)
+    told = "step 2.*step-00000001 led to this, there is none before; lower the"
+    with pytest.raises(UserError, match=told):
+        Trainer(run_of("teacher_forcing", tmp_path / "b"), ALONE, progress=False).train()
 
 
 def test_no_space_leaves_the_last_good_checkpoint(
@@ -147,6 +188,22 @@ def test_another_run_is_refused_by_its_differences(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage\.batch: was 4, is 2; stage\.optimiser\.lr: was"):
         trained(run)
     assert differences({"a": {"b": 1}}, {"a": {"b": 1}, "c": 2}) == ["c: was None, is 2"]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_checkpoint_cut_short_is_named(steps: int, tmp_path: Path) -> None:
+    run = run_of("teacher_forcing", tmp_path, steps=steps)
+    trained(run)
+    (tmp_path / "model.safetensors").unlink()
+    newest = tmp_path / "checkpoints" / f"step-0000000{steps}"
+    os.truncate(newest / "__0_0.distcp", 1000)
+    on = "goes on from the one before" if steps == 2 else "begins anew, for there is no other"
+    with pytest.raises(UserError, match=rf"{newest.name} cannot be read \(\w.*\): remove it.*{on}"):
+        trained(run)
+    shutil.rmtree(newest)
+    _, again = trained(run)
+    _, whole = trained(run_of("teacher_forcing", tmp_path / "whole", steps=steps))
+    assert furthest(again, whole) == 0
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

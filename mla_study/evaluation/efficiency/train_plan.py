@@ -13,34 +13,41 @@ Example::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from mla_study.config import ModelConfig, preset, to_dict
-from mla_study.errors import UserError
+from mla_study.errors import UserError, counted
 from mla_study.evaluation.efficiency.devices import CARDS, TERA, Card
+from mla_study.evaluation.efficiency.host import Host
 from mla_study.evaluation.efficiency.memory import GB, RUNTIME
+from mla_study.evaluation.efficiency.train_bytes import (
+    gathered_bytes,
+    gradient_bytes,
+    kept_bytes,
+    optimiser_bytes,
+)
 from mla_study.evaluation.efficiency.train_memory import (
     Models,
     counted_activations,
     counted_flops,
 )
+from mla_study.evaluation.vbench.needs.costs import time_text
 from mla_study.model.transformer import WanTransformer, meta_model
 from mla_study.study.notebooks import Project
 from mla_study.study.runs import write_result
 from mla_study.training.objective import Role
-from mla_study.training.optimisers import Muon, make_optimisers
 from mla_study.training.ranks import Ranks
-from mla_study.training.recipe import Precision, Stage, stages
+from mla_study.training.recipe import Stage, stages
 
 UTILISATION = 0.4
 """Assumed share of a card's bf16 rate that training reaches."""
 HOUR = 3600.0
+MB = 1e6
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class TrainPlan:
         samples: of a micro-batch. pieces: micro-batches of an update.
         held: part -> bytes that lie there all the time.
         assumptions: what all of it rests on, a sentence each.
+        host: this machine, where the ranks are its processes and there is no card.
     """
 
     stage: Stage
@@ -87,6 +95,7 @@ class TrainPlan:
     held: dict[str, int]
     updates: tuple[Update, ...]
     assumptions: tuple[str, ...]
+    host: Host | None = None
 
     @property
     def peak(self) -> int:
@@ -139,11 +148,10 @@ class TrainPlan:
 
     def text(self) -> str:
         """The plan as a table, and every assumption below it."""
-        many = "s" if self.ranks > 1 else ""
         lines = [
-            f"{self.stage.objective}, {self.name}, {self.ranks} rank{many}, batch "
-            f"{self.stage.batch}: {self.pieces} x {self.samples} samples of "
-            f"{self.stage.frames} frames a rank and update"
+            f"{self.stage.objective}, {self.name}, {counted(self.ranks, 'rank')}, batch "
+            f"{self.stage.batch}: {self.pieces} x {counted(self.samples, 'sample')} of "
+            f"{counted(self.stage.frames, 'frame')} a rank and update"
         ]
         lines += [_line(part, size) for part, size in self.held.items()]
         for update in self.updates:
@@ -154,11 +162,7 @@ class TrainPlan:
                 _line("  activations", update.activations),
                 _line("  optimiser step, after these are gone", update.optimiser),
             ]
-        fits = ""
-        if self.card is not None:
-            room = "fits" if self.peak <= self.card.memory * GB else "DOES NOT FIT"
-            fits = f"   {room} {self.card.memory:g} GB ({self.card.name})"
-        lines.append(_line(self._each(), self.peak) + fits)
+        lines.append(_line(self._each(), self.peak) + self._fits())
         lines.append(f"  {self.flops / TERA:.4g} TF a step and rank{self._time()}")
         told = [f"  {line}" for line in self.assumptions]
         return "\n".join([*lines, "modelled, under these assumptions:", *told])
@@ -168,7 +172,26 @@ class TrainPlan:
             "peak of rank 0" if self.ranks == 1 else f"peak of each of ranks 0 to {self.ranks - 1}"
         )
 
+    def _fits(self) -> str:
+        if self.card is not None:
+            room = "fits" if self.peak <= self.card.memory * GB else "DOES NOT FIT"
+            return f"   {room} {self.card.memory:g} GB ({self.card.name})"
+        if self.host is None or self.host.memory is None:
+            return ""
+        # its memory is shared by all ranks
+        room = "fits" if self.ranks * self.peak <= self.host.memory else "DOES NOT FIT"
+        times = f"{self.ranks} times into " if self.ranks > 1 else ""
+        return f"   {room} {times}{self.host.memory / GB:.3g} GB (free on this machine)"
+
     def _time(self) -> str:
+        if self.host is not None and self.host.step_s is not None:
+            whole = time_text(self.host.step_s * self.stage.steps)
+            return (
+                f": about {self.host.step_s:.2g} s a step, {whole} for "
+                f"{counted(self.stage.steps, 'step')}"
+            )
+        if self.host is not None:
+            return f"; no time: {self.host.why}"
         if self.card is None:
             return ""
         if self.seconds is None:
@@ -176,7 +199,7 @@ class TrainPlan:
         hours = self.seconds * self.stage.steps / HOUR
         return (
             f": {self.seconds:.3g} s a step on {self.card.name}, {hours:.3g} h for "
-            f"{self.stage.steps} steps"
+            f"{counted(self.stage.steps, 'step')}"
         )
 
 
@@ -186,6 +209,7 @@ def plan_training(
     teacher: ModelConfig,
     ranks: int,
     card: str | None = None,
+    host: Host | None = None,
 ) -> TrainPlan:
     """Memory a rank of a stage, and its time on a card.
 
@@ -194,6 +218,7 @@ def plan_training(
         teacher: of the teacher and of the fake score, where the objective has them.
         ranks: GPUs, or processes.
         card: one of :data:`~mla_study.evaluation.efficiency.devices.CARDS` in any case.
+        host: this machine, in place of a card.
 
     Raises:
         UserError: an unknown card or objective, no rank, a batch that the ranks cannot share,
@@ -211,7 +236,7 @@ def plan_training(
     models = Models(stage, model, teacher)
     metas: dict[Role, WanTransformer] = {r: meta_model(models.config(r)) for r in models.named()}
     turns = models.objective().turns()
-    held = {f"{role}, fp32": _kept(metas[role].parameters(), alone) for role in metas}
+    held = {f"{role}, fp32": kept_bytes(metas[role].parameters(), alone) for role in metas}
     for role in dict.fromkeys(turns):
         for name, size in optimiser_bytes(metas[role], stage, role, alone).items():
             held[f"{name} states of {role}"] = size
@@ -219,67 +244,9 @@ def plan_training(
     updates = tuple(
         _update(models, metas, role, samples, pieces, alone) for role in dict.fromkeys(turns)
     )
-    told = _assumptions(stage, alone, pieces, known)
-    return TrainPlan(stage, model.name, ranks, samples, pieces, known, held, updates, told)
-
-
-def shard_bytes(parameters: Iterable[Tensor], ranks: int) -> int:
-    """Bytes of float32 parameters that FSDP2 keeps on rank 0, which none exceeds.
-
-    A parameter is split along its first axis, into equal pieces but for the last ones.
-    """
-    return sum(
-        4 * math.ceil(p.shape[0] / ranks) * math.prod(p.shape[1:]) for p in parameters if p.ndim
-    )
-
-
-def optimiser_bytes(model: nn.Module, stage: Stage, role: Role, ranks: Ranks) -> dict[str, int]:
-    """Bytes of states a rank by optimiser: two moments of AdamW, the momentum of Muon.
-
-    AdamW's count of steps, four bytes a parameter in the host's memory, is left out.
-    """
-    chosen = stage.critic if role == "fake_score" and stage.critic else stage.optimiser
-    found: dict[str, int] = {}
-    for optimiser in make_optimisers(model, chosen):
-        mine = [p for group in optimiser.param_groups for p in group["params"]]
-        muon = isinstance(optimiser, Muon)
-        found["Muon" if muon else "AdamW"] = (1 if muon else 2) * _kept(mine, ranks)
-    return found
-
-
-def gradient_bytes(model: nn.Module, ranks: Ranks, pieces: int) -> int:
-    """Bytes of gradients a rank at the end of an update's passes.
-
-    Between micro-batches nothing is reduced, so that every rank holds all of them in float32.
-    """
-    if ranks.sharded and pieces == 1:
-        return shard_bytes(model.parameters(), ranks.count)
-    return 4 * _count(model)
-
-
-def gathered_bytes(
-    trained: WanTransformer, models: Iterable[WanTransformer], ranks: Ranks, precision: Precision
-) -> int:
-    """Bytes of whole weights that FSDP2 holds at once, and of one block's gradients.
-
-    Each model's weights outside of its blocks stay whole once they were asked for; of the blocks
-    one is in use and the next one fetched. A block's gradients lie there in the dtype of the
-    passes, and in float32 to be reduced.
-    """
-    if not ranks.sharded:
-        return 0
-    item = 2 if precision == "bf16" else 4
-    block = max(_count(block) for block in trained.blocks)
-    outside = sum(_count(m) - sum(_count(block) for block in m.blocks) for m in models)
-    return item * (outside + 2 * block) + (item + 4) * block
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _kept(parameters: Iterable[Tensor], ranks: Ranks) -> int:
-    return shard_bytes(parameters, ranks.count if ranks.sharded else 1)
+    told = _assumptions(stage, alone, pieces, known, host)
+    name = model.name
+    return TrainPlan(stage, name, ranks, samples, pieces, known, held, updates, told, host)
 
 
 def _update(
@@ -298,7 +265,7 @@ def _update(
         gathered=gathered_bytes(model, list(metas.values()), ranks, stage.precision),
         activations=counted_activations(models, role, samples),
         # all square roots of the second moments at once
-        optimiser=_kept(model.parameters(), ranks),
+        optimiser=kept_bytes(model.parameters(), ranks),
         flops=pieces * counted_flops(models, role, samples),
     )
 
@@ -311,10 +278,13 @@ def _card(name: str) -> Card:
 
 
 def _line(part: str, size: int) -> str:
-    return f"  {part:<42}{size / GB:>9.3f} GB"
+    small = size < GB
+    return f"  {part:<42}{size / MB:>9.1f} MB" if small else f"  {part:<42}{size / GB:>9.3f} GB"
 
 
-def _assumptions(stage: Stage, ranks: Ranks, pieces: int, card: Card | None) -> tuple[str, ...]:
+def _assumptions(
+    stage: Stage, ranks: Ranks, pieces: int, card: Card | None, host: Host | None
+) -> tuple[str, ...]:
     told = [
         f"passes in {stage.precision}, weights, gradients and optimiser states in fp32"
         + (", split over the ranks by FSDP2" if ranks.sharded else ", whole on the one rank"),
@@ -333,6 +303,8 @@ def _assumptions(stage: Stage, ranks: Ranks, pieces: int, card: Card | None) -> 
             f"time: {UTILISATION:.0%} of {card.bf16 / TERA:g} TF/s bf16 ({card.source}, data "
             "sheet), nothing else waited for"
         )
+    if host is not None and host.step_s is not None:
+        told.append(f"time: {host.why}")
     return tuple(told)
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, counted
 from mla_study.rollout.clips import fitted, read_clip
 from mla_study.rollout.prompts import Encoder
 from mla_study.study.runs import atomic_write, file_sha256
@@ -161,8 +161,8 @@ class VideoFolder:
         if pixels.shape[2] < self.shot.frames:
             rate = "" if self.shot.fps is None else f" at {self.shot.fps:g} a second"
             raise _BadVideoError(
-                f"{self._name(video)} is too short: it has {pixels.shape[2]} frames{rate}, but a "
-                f"clip needs {self.shot.frames}"
+                f"{self._name(video)} is too short: it has {counted(pixels.shape[2], 'frame')}"
+                f"{rate}, but a clip needs {self.shot.frames}"
             )
         return pixels
 

@@ -227,10 +227,11 @@ class DistributionMatching(Objective):
 
     Attributes:
         guidance: of the real score, weight in cond + w (cond - uncond).
-        critic_updates: of the fake score, before each one of the generator.
+        critic_updates: of the fake score, before each one of the generator; at least 1.
         clips: how many training lengths a rollout has; scores see its last one.
-        grad_frames: the last frames of a rollout that carry gradients; None: all that are scored.
-        score_range: timesteps before the shift at which scores are asked.
+        grad_frames: the last frames of a rollout that carry gradients, at least 1; None: all that
+            are scored.
+        score_range: timesteps before the shift at which scores are asked, the first included.
         mixed_tables: the reference's look-ups, see :class:`MixedTables`.
     """
 
@@ -244,6 +245,21 @@ class DistributionMatching(Objective):
     positions: Positions | None = None
     score_range: tuple[int, int] = (0, TRAIN_TIMESTEPS)
     mixed_tables: bool = False
+
+    def __post_init__(self) -> None:
+        grad_frames = 1 if self.grad_frames is None else self.grad_frames
+        if min(self.critic_updates, self.frames, self.clips, grad_frames) < 1:
+            raise UserError(
+                f"distribution_matching has critic_updates {self.critic_updates}, frames "
+                f"{self.frames}, clips {self.clips} and grad_frames {self.grad_frames}: give at "
+                "least 1 each; grad_frames may be left out, for all that are scored"
+            )
+        low, high = self.score_range
+        if not 0 <= low < high <= TRAIN_TIMESTEPS:
+            raise UserError(
+                f"distribution_matching asks scores at timesteps {low} to {high}: score_range "
+                f"rises, from 0 to {TRAIN_TIMESTEPS} at most"
+            )
 
     def turns(self) -> tuple[Role, ...]:
         """The critic's updates, then the generator's."""

@@ -21,18 +21,18 @@ from mla_study.evaluation.efficiency import train_memory
 from mla_study.evaluation.efficiency.memory import parameters
 from mla_study.evaluation.efficiency.model_cost import chunk_cost, prompt_cost
 from mla_study.evaluation.efficiency.step_memory import LiveBytes
+from mla_study.evaluation.efficiency.train_bytes import (
+    gathered_bytes,
+    gradient_bytes,
+    optimiser_bytes,
+    shard_bytes,
+)
 from mla_study.evaluation.efficiency.train_memory import (
     Models,
     counted_activations,
     counted_flops,
 )
-from mla_study.evaluation.efficiency.train_plan import (
-    gathered_bytes,
-    gradient_bytes,
-    optimiser_bytes,
-    plan_training,
-    shard_bytes,
-)
+from mla_study.evaluation.efficiency.train_plan import plan_training
 from mla_study.model.transformer import WanTransformer
 from mla_study.training.batch import Draws
 from mla_study.training.loop import Run, Trainer

@@ -210,7 +210,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     assert command.run() == 0
     told = capsys.readouterr()
-    assert "1 videos, 1 of them new" in told.out and "samples.csv" in told.out
+    assert "1 video, 1 of them new" in told.out and "samples.csv" in told.out
     assert "1 of 1 videos, finished" in told.err
     record = json.loads((tmp_path / "clips.sampling/sampling.json").read_text())
     assert len(record["observed"]["checkpoint_sha256"]) == 64
