@@ -138,7 +138,7 @@ def _preview(place: Path, name: str, entry: Mapping[str, Any]) -> Preview:
     values = [{row[i] for row in cells} for i in range(len(heads))]
     differ = [i for i, found in enumerate(values) if len(found) > 1 or len(cells) < 2]
     same = [(heads[i], *values[i]) for i in range(len(heads)) if i not in differ]
-    same = [(head, cell) for head, cell in same if cell.text]
+    same = [(head, cell) for head, cell in same if cell.text not in ("", spell(None))]
     shown = differ[:COLUMNS]
     return Preview(
         name, len(frame), len(heads),
@@ -151,10 +151,12 @@ def _preview(place: Path, name: str, entry: Mapping[str, Any]) -> Preview:
 def _chosen(frame: pd.DataFrame) -> tuple[list[int], list[str]]:
     """Numbers of the rows to show, and the columns that they are spread over.
 
-    Those with :data:`TELLING` values if there are any; of them as many of each kind, by the columns
-    of text that make few kinds, evenly from its first row to its last.
+    All of a short table. Else those with :data:`TELLING` values if there are any; of them as many
+    of each kind, by the columns of text that make few kinds, evenly from its first row to its last.
     """
     kept = frame.reset_index(drop=True)
+    if len(kept) <= ROWS:
+        return kept.index.tolist(), []
     for column, value in TELLING.items():
         if column in kept and (mine := kept[kept[column] == value]).size:
             kept = mine
@@ -166,8 +168,6 @@ def _chosen(frame: pd.DataFrame) -> tuple[list[int], list[str]]:
         kinds = len(kept[[*over, name]].drop_duplicates())
         if kept[name].nunique() > 1 and kinds <= ROWS // _EACH:
             over.append(name)
-    if len(kept) <= ROWS:
-        return kept.index.tolist(), []
     groups = [mine.index for _, mine in kept.groupby(over)] if over else [kept.index]
     each = ROWS // len(groups)
     places = {int(rows[i * (len(rows) - 1) // (each - 1)]) for rows in groups for i in range(each)}
