@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from page_reader import Element
 from report_page import make_page
 
 from mla_study.report import folders, joining
-from mla_study.report.drawing import draw
+from mla_study.report.drawing import Drawn, draw
+from mla_study.report.pictures import Drawing, Picture
+from mla_study.study.notebooks import Project
 from mla_study.study.runs import write_result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,3 +190,61 @@ def test_long_paths_do_not_widen_the_page(
         )
         assert wide <= seen <= width
         assert tab.complaints() == []
+
+
+class Pool(Executor):
+    """Draws at once: an SVG that says what it shows, or an error where ``refused`` is asked for."""
+
+    def __init__(self, refused: str) -> None:
+        self.refused = refused
+        self.asked: list[str] = []
+
+    def submit(self, fn: Any, /, *args: Any, **_: Any) -> Future[Any]:
+        _, figure, values, folder = args
+        done: Future[Any] = Future()
+        self.asked.append(values["runs"])
+        if values["runs"] and values["runs"] == self.refused:
+            done.set_result(Drawn("no such score"))
+        else:
+            (Path(folder) / f"{figure}.svg").write_text(f"<svg>{values['runs']}</svg>")
+            done.set_result(Drawn("", tuple(filter(None, values["runs"].split(",")))))
+        return done
+
+
+def project_of_one_figure(root: Path) -> Project:
+    for name in ("notebooks", "analysis"):
+        (root / name).mkdir()
+    source = 'runs = ""  # str: results\nout_dir = "."  # str: folder'
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": source}
+    (root / "notebooks" / "fig_a.ipynb").write_text(json.dumps({"cells": [cell]}))
+    (root / "analysis" / "fig_a.py").write_text('"""A figure."""\nTITLE = "A"\n')
+    return Project(root)
+
+
+def drawn_by(pool: Pool, project: Project, more: dict[str, list[Path]]) -> Picture:
+    drawing = Drawing(project, more)
+    with drawing.locked():
+        drawing.start(pool)
+        (picture,) = drawing.finish()
+    return picture
+
+
+def test_a_figure_that_fails_with_own_results_is_drawn_without(tmp_path: Path) -> None:
+    project, own = project_of_one_figure(tmp_path), tmp_path / "own"
+    pool = Pool(str(own))
+    picture = drawn_by(pool, project, {"runs": [own]})
+    assert pool.asked == [str(own), ""]
+    assert (picture.alone, picture.absent, picture.failed) == ("no such score", "", True)
+    assert (picture.offered, picture.joined) == ((own,), ())
+    assert picture.parts[0].svg == "<svg></svg>"
+
+
+def test_own_results_leave_the_projects_drawing_as_it_is(tmp_path: Path) -> None:
+    project, own, pool = project_of_one_figure(tmp_path), tmp_path / "own", Pool("")
+    more = {"runs": [own], "probes": [tmp_path / "probe"]}
+    for _ in range(2):
+        assert drawn_by(pool, project, {}).parts[0].svg == "<svg></svg>"
+        mine = drawn_by(pool, project, more)
+        assert mine.parts[0].svg == f"<svg>{own}</svg>"
+        assert (mine.offered, mine.joined, mine.alone) == ((own,), (own,), "")
+    assert pool.asked == ["", str(own)]
