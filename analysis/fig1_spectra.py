@@ -3,7 +3,8 @@
 (a) normalised singular values, (b) energy curves with E(n/8), (c) r_.99 by layer, each with what a
 Gaussian matrix of the same shape gives; (d) the same weights with the inputs that they really get.
 Two small models that come as packages are measured in this very run; ``MLA_STUDY_WAN`` or the
-parameter ``checkpoint`` adds another one; the paper's values for Wan stand as quoted marks.
+parameter ``checkpoint`` adds another one, and ``probes`` what rank-probe has measured already; the
+paper's values for Wan stand as quoted marks.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
 
+from analysis import own_results
 from analysis.demo_inputs import SENTENCES, minilm_covariance
 from mla_study.probes.activations import save_covariance
 from mla_study.probes.rank_probe import UNITS, Options, probe_sources
 from mla_study.probes.table import Source
 from mla_study.probes.work import Store
 from mla_study.study.demo import demo_weights
-from mla_study.study.plots import save_figure, stamp, style
+from mla_study.study.plots import note_results, save_figure, stamp, style
 from mla_study.study.reconcile import reconcile
 from mla_study.study.runs import (
+    Result,
+    Validity,
     file_sha256,
     read_result,
     round_significant,
@@ -52,17 +56,24 @@ def wan_path() -> str | None:
     return os.environ.get("MLA_STUDY_WAN") or None
 
 
-def INPUTS() -> dict[str, Path]:
+def own_probes(probes: str) -> dict[str, Path]:
+    """Results of rank-probe that the parameter names, by name."""
+    return own_results.named(own_results.folders(probes, ROOT, "mla-study rank-probe"))
+
+
+def INPUTS(probes: str = "") -> dict[str, Path]:
     """Files outside the repository that the figure depends on."""
     found = {name: demo_weights(name) for name in ("minilm", "smollm2")}
     wan = wan_path()
     if wan and Path(wan).exists():
         found["wan"] = Path(wan)
-    return {**found, "sentences": SENTENCES}
+    return {**found, "sentences": SENTENCES, **own_results.files(own_probes(probes))}
 
 
-def measure_all(checkpoint: str = "", covariance: str = "") -> dict[str, Any]:
+def measure_all(checkpoint: str = "", covariance: str = "", probes: str = "") -> dict[str, Any]:
     """Probe the demo weights (and Wan or ``checkpoint`` where given), joint [K; V] only.
+
+    What ``probes`` names joins as it was measured.
 
     Returns:
         ``table`` and ``spectra`` as rank-probe gives them, and ``record``: what identifies the run.
@@ -93,18 +104,30 @@ def measure_all(checkpoint: str = "", covariance: str = "") -> dict[str, Any]:
             spectra.append(probed.spectra[probed.spectra["attention"] == "self"])
             inputs.update(probed.inputs)
             notes += [n for n in probed.notes if n.split(":")[0] not in NAMES]
+    labels = [source.label for source, _ in plans]
+    validities: list[Validity] = ["full"]
+    for name, folder in own_probes(probes).items():
+        result = read_result(folder)
+        mine, curves = (_joint(result, part, name) for part in ("table", "spectra"))
+        if not curves.empty:
+            tables.append(mine)
+            spectra.append(curves)
+            labels += list(dict.fromkeys(curves["checkpoint"]))
+            inputs[name] = result.run_hash
+            validities.append(result.validity)
+            note_results([folder])
     record = {
         "config": {
             "figure": ID,
             "operators": ["kv"],
             "gauges": ["raw", "balanced"],
-            "checkpoints": [source.label for source, _ in plans],
+            "checkpoints": labels,
         },
         "inputs": inputs,
         "seed": 0,
         "modules": (f"analysis.{ID}",),
         "provenance": "measured",
-        "validity": "full",
+        "validity": max(validities, key=get_args(Validity).index),
         "units": UNITS,
         "notes": notes,
     }
@@ -113,6 +136,17 @@ def measure_all(checkpoint: str = "", covariance: str = "") -> dict[str, Any]:
         "spectra": pd.concat(spectra, ignore_index=True),
         "record": record,
     }
+
+
+def _joint(result: Result, part: str, name: str) -> pd.DataFrame:
+    """Rows of the joint [K; V] of self-attention, of no series; checkpoints under ``name``."""
+    frame = result.tables[part]
+    frame = frame[
+        (frame["attention"] == "self") & (frame["operator"] == "kv") & (frame["series"] == "")
+    ]
+    alone = frame["checkpoint"].nunique() == 1 and name not in NAMES
+    told = [name if alone else f"{name}: {Path(str(c)).name}" for c in frame["checkpoint"]]
+    return frame.assign(checkpoint=told)
 
 
 def measure(data_dir: Path) -> None:
@@ -145,7 +179,9 @@ def against_committed(made: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFra
     return round_significant(table), round_significant(spectra), lines + told
 
 
-def draw(out_dir: str, checkpoint: str = "", covariance: str = "", gauge: str = "raw") -> Figure:
+def draw(
+    out_dir: str, checkpoint: str = "", covariance: str = "", gauge: str = "raw", probes: str = ""
+) -> Figure:
     """Measure, compare with the committed table, draw and save ``fig1_spectra.{pdf,png,svg}``.
 
     Args:
@@ -153,10 +189,14 @@ def draw(out_dir: str, checkpoint: str = "", covariance: str = "", gauge: str = 
         checkpoint: a further file or folder to draw ('' for none).
         covariance: its input covariances for panel (d) ('' for none).
         gauge: raw or balanced.
+        probes: folders that rank-probe wrote, with commas between them, drawn beside.
+
+    Raises:
+        UserError: one of them holds no result, or not what its record says.
     """
     import matplotlib.pyplot as plt
 
-    made = measure_all(checkpoint, covariance)
+    made = measure_all(checkpoint, covariance, probes)
     table, spectra, differences = against_committed(made)
     for line in differences[:10]:
         print(f"DIFFERS from the committed table: {line}")
@@ -220,6 +260,8 @@ def _energy_panel(axis: Axes, curves: pd.DataFrame, color: str) -> None:
 
 def _rank_panel(axis: Axes, rows: pd.DataFrame, color: str) -> None:
     ranks = rows[(rows["metric"] == "r_0.99") & (rows["null"] == "gaussian")].sort_values("layer")
+    if ranks.empty:  # a probe may have been asked for other metrics
+        return
     full = ranks[["m", "n"]].min(axis=1)
     depth = ranks["layer"] / max(int(ranks["layer"].max()), 1)
     axis.plot(depth, ranks["value"] / full, "o-", color=color, ms=1.6, lw=0.7)
@@ -261,6 +303,7 @@ def _quoted_marks(energy: Axes, rank: Axes, quoted: pd.DataFrame) -> None:
 def _weighted_panel(axis: Axes, spectra: pd.DataFrame, table: pd.DataFrame, gauge: str) -> None:
     weighted = f"weighted-{gauge}"
     labels = list(dict.fromkeys(spectra["checkpoint"]))
+    named = False
     for number, label in enumerate(labels):
         mine = spectra[spectra["checkpoint"] == label]
         if not (mine["gauge"] == weighted).any():
@@ -269,7 +312,9 @@ def _weighted_panel(axis: Axes, spectra: pd.DataFrame, table: pd.DataFrame, gaug
             energy = _energy(_by_layer(mine[mine["gauge"] == kind]))
             x = np.arange(1, energy.shape[1] + 1) / energy.shape[1]
             name = "W" if kind == gauge else "W on its inputs"
-            axis.plot(x, np.median(energy, axis=0), dash, color=f"C{number}", label=name)
+            axis.plot(
+                x, np.median(energy, axis=0), dash, color=f"C{number}", label="_" if named else name
+            )
             axis.fill_between(
                 x, energy.min(axis=0), energy.max(axis=0), color=f"C{number}", alpha=0.2, lw=0
             )
@@ -284,8 +329,9 @@ def _weighted_panel(axis: Axes, spectra: pd.DataFrame, table: pd.DataFrame, gaug
             "D",
             color="0.25",
             ms=3,
-            label="Gaussian W, same inputs",
+            label="_" if named else "Gaussian W, same inputs",
         )
+        named = True
 
 
 def _finish(axes: Any, gauge: str) -> None:

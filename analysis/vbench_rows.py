@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import pandas as pd
 
+from analysis import own_results
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.dimensions import DIMENSIONS, SUBSTITUTES
+from mla_study.study.plots import note_results
 from mla_study.study.runs import (
     RUN_FILE,
     Provenance,
@@ -100,33 +102,12 @@ def folders(runs: str, root: Path) -> dict[str, Path]:
         UserError: one of them holds no result.
     """
     found = [file.parent for file in sorted(root.glob(f"{FOLDERS}/{RUN_FILE}"))]
-    for part in (text.strip() for text in runs.split(",")):
-        if not part:
-            continue
-        folder = root / part
-        if not (folder / RUN_FILE).is_file():
-            raise UserError(
-                f"{folder} holds no {RUN_FILE}: name the --out folder of a finished "
-                "`mla-study vbench run`"
-            )
-        found.append(folder)
-    unique = list({folder.resolve(): folder for folder in found}.values())
-    named = dict[str, Path]()
-    for folder in unique:
-        name, count = folder.name, 2
-        while name in named:
-            name, count = f"{folder.name}-{count}", count + 1
-        named[name] = folder
-    return named
+    return own_results.named([*found, *own_results.folders(runs, root, "mla-study vbench run")])
 
 
 def inputs(runs: str, root: Path) -> dict[str, Path]:
     """The files of those results, as ``INPUTS`` of a figure gives them."""
-    return {
-        f"{name}/{file.name}": file
-        for name, folder in folders(runs, root).items()
-        for file in sorted([folder / RUN_FILE, *folder.glob("*.parquet")])
-    }
+    return own_results.files(folders(runs, root))
 
 
 def read(runs: str, root: Path) -> Ours:
@@ -236,7 +217,7 @@ def identity(
     figure: str, ours: Ours, shown: pd.DataFrame, papers: Iterable[Path] = (),
     more: Mapping[str, Any] | None = None, files: Iterable[Path] = (),
 ) -> tuple[tuple[Provenance, ...], Validity, str]:  # fmt: skip
-    """Classes, validity and run hash of a figure.
+    """Classes, validity and run hash of a figure; the results that are drawn are noted.
 
     Args:
         shown: the measured rows that are drawn, with ``result`` and ``validity``.
@@ -246,6 +227,7 @@ def identity(
     """
     papers, files = list(papers), list(files)
     drawn = list(dict.fromkeys(shown["result"])) if len(shown) else []
+    note_results(ours.results[name].folder for name in drawn)
     validity = worst(shown["validity"]) if len(shown) else "full"
     quoted: tuple[Provenance, ...] = ("paper-quoted",) if papers else ()
     kinds: tuple[Provenance, ...] = (*quoted, *(("measured",) if drawn or files else ()))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mla_study
 from mla_study.errors import UserError
-from mla_study.report import charts, films, folders
+from mla_study.report import charts, films, folders, joining
 from mla_study.report.drawing import prepare
 from mla_study.report.page import Content, render
 from mla_study.report.pictures import Drawing, Picture
@@ -36,7 +36,7 @@ def build(
     Args:
         out: the file; by default ``results/report/index.html`` of the checkout.
         results: folders of a user's own results, which stand in for the project's of the same name
-            and are listed.
+            and are listed; figures are drawn with those of the kinds that they take.
         jobs: processes that draw.
 
     Returns:
@@ -56,7 +56,7 @@ def build(
     atomic_write(place, page)
     _say(f"report: {place}, {len(page) / 1e6:.1f} MB in {time.monotonic() - started:.0f} s")
     for picture in failed:
-        _say(f"  {picture.id}: {picture.absent}")
+        _say(f"  {picture.id}: {picture.absent or f'without your results: {picture.alone}'}")
     return FAILED if failed else 0
 
 
@@ -66,7 +66,7 @@ def _content(
     own: dict[str, list[folders.Folder]],
     jobs: int,
 ) -> tuple[Content, list[Picture]]:
-    drawing = Drawing(project)
+    drawing = Drawing(project, joining.joined(results))
     # spawned: a fork would copy locks of libraries that other threads hold
     with (
         drawing.locked(),
@@ -79,6 +79,9 @@ def _content(
                 _say(f"report: {stale} of {count} figures to draw")
             judged_by = [root for root in results if _has_results(root)]
             outcomes = evaluate(project.root / "results", judged_by)
+            stand_ins = {
+                one.id: joining.stand_ins(one, judged_by, project.data) for one in outcomes
+            }
             curves = charts.charts(project, results)
             tables = [folders.opened(place, place.name) for place in folders.find(project.data)]
             pictures = drawing.finish()
@@ -92,7 +95,7 @@ def _content(
             raise
     command = " ".join(["mla-study report", *(f"--results {name}" for name in own)])
     content = Content(
-        outcomes, pictures, curves, videos, tables, own, command, mla_study.__version__
+        outcomes, pictures, curves, videos, tables, own, stand_ins, command, mla_study.__version__
     )
     return content, [picture for picture in pictures if picture.failed]
 

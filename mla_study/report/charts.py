@@ -18,6 +18,7 @@ import numpy as np
 
 from mla_study.errors import UserError
 from mla_study.report.folders import find
+from mla_study.report.joining import SPECTRA as COLUMNS
 from mla_study.study import staleness
 from mla_study.study.notebooks import Project, discover
 from mla_study.study.plots import COLOURS, NULL_COLOUR
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 DIGITS = 5
 SPECTRA, DRIFT = "fig1_spectra", "fig_drift"
 NAMES = {"minilm": "MiniLM", "smollm2": "SmolLM2"}
-COLUMNS = {"checkpoint", "layer", "attention", "operator", "gauge", "index", "sigma"}
 METRICS = {
     "iou": ("IoU of the sprite", ""),
     "colour_kept": ("Share of frames that keep the colour", ""),

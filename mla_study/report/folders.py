@@ -1,4 +1,4 @@
-"""Result folders as the page shows them: what a record says, and the first rows of each table."""
+"""Result folders as the page shows them: what a record says, and some rows of each table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from mla_study.study.tables import spell
 if TYPE_CHECKING:
     import pandas as pd
 
-ROWS, COLUMNS = 8, 12
+ROWS, COLUMNS = 12, 12
+_EACH = 3  # at least so many rows of a kind
+TELLING: Mapping[str, str] = {"metric": "r_0.99", "gauge": "raw"}
+"""Where a table has this value in this column, only rows with it are shown."""
 _LONGEST = 60
 _DEEP = 4
 
@@ -31,9 +34,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Preview:
-    """The upper left corner of a table.
+    """Some rows of a table.
 
     Attributes:
+        places: numbers of the rows that are shown.
+        over: columns whose values each have as many of them, from the first to the last.
+        heads, cells: the columns that differ among them.
+        same: name and value of those that do not.
+        more: how many columns are left out.
         altered: the file is not the one that the record describes, or cannot be read.
     """
 
@@ -43,6 +51,10 @@ class Preview:
     heads: tuple[str, ...] = ()
     cells: tuple[tuple[Cell, ...], ...] = ()
     altered: str = ""
+    places: tuple[int, ...] = ()
+    over: tuple[str, ...] = ()
+    same: tuple[tuple[str, Cell], ...] = ()
+    more: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Folder:
     hardware: str
     notes: tuple[str, ...]
     tables: tuple[Preview, ...]
+    place: Path
 
 
 def find(root: Path) -> list[Path]:
@@ -99,6 +112,7 @@ def opened(place: Path, name: str) -> Folder:
         hardware_of(run),
         tuple(str(note) for note in run.get("notes") or ()),
         tuple(_preview(place, name, entry) for name, entry in sorted(told.items(), key=_main)),
+        place.resolve(),
     )
 
 
@@ -118,10 +132,46 @@ def _preview(place: Path, name: str, entry: Mapping[str, Any]) -> Preview:
     except (OSError, ValueError) as error:
         told = getattr(error, "strerror", None) or "no table"
         return Preview(name, 0, 0, altered=f"cannot be read ({told})")
-    shown = frame.iloc[:ROWS, :COLUMNS]
+    places, over = _chosen(frame)
+    cells = _cells(frame.iloc[places])
+    heads = [str(head) for head in frame.columns]
+    values = [{row[i] for row in cells} for i in range(len(heads))]
+    differ = [i for i, found in enumerate(values) if len(found) > 1 or len(cells) < 2]
+    same = [(heads[i], *values[i]) for i in range(len(heads)) if i not in differ]
+    same = [(head, cell) for head, cell in same if cell.text not in ("", spell(None))]
+    shown = differ[:COLUMNS]
     return Preview(
-        name, len(frame), len(frame.columns), tuple(map(str, shown.columns)), _cells(shown), altered
-    )
+        name, len(frame), len(heads),
+        tuple(heads[i] for i in shown), tuple(tuple(row[i] for i in shown) for row in cells),
+        altered, tuple(places), tuple(over), tuple(same),
+        len(differ) - len(shown),
+    )  # fmt: skip
+
+
+def _chosen(frame: pd.DataFrame) -> tuple[list[int], list[str]]:
+    """Numbers of the rows to show, and the columns that they are spread over.
+
+    All of a short table. Else those with :data:`TELLING` values if there are any; of them as many
+    of each kind, by the columns of text that make few kinds, evenly from its first row to its last.
+    """
+    kept = frame.reset_index(drop=True)
+    if len(kept) <= ROWS:
+        return kept.index.tolist(), []
+    for column, value in TELLING.items():
+        if column in kept and (mine := kept[kept[column] == value]).size:
+            kept = mine
+    texts = [
+        name for name in kept.columns if all(isinstance(value, str) for value in kept[name].head(1))
+    ]
+    over: list[str] = []
+    for name in texts:
+        kinds = len(kept[[*over, name]].drop_duplicates())
+        if kept[name].nunique() > 1 and kinds <= ROWS // _EACH:
+            over.append(name)
+    groups = [mine.index for _, mine in kept.groupby(over)] if over else [kept.index]
+    each = ROWS // len(groups)
+    places = {int(rows[i * (len(rows) - 1) // (each - 1)]) for rows in groups for i in range(each)}
+    return sorted(places), over
 
 
 def _cells(frame: pd.DataFrame) -> tuple[tuple[Cell, ...], ...]:

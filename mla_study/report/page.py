@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mla_study.errors import UserError
@@ -53,7 +54,7 @@ class Content:
 
     Attributes:
         own: a user's results, by the folder that was given.
-        alone: whether the project's own results were left out.
+        stand_ins: those of them by which a claim was judged, by its id.
     """
 
     outcomes: Sequence[Outcome]
@@ -62,6 +63,7 @@ class Content:
     films: Sequence[Film]
     folders: Sequence[Folder]
     own: Mapping[str, Sequence[Folder]]
+    stand_ins: Mapping[str, Sequence[Path]]
     command: str
     version: str
 
@@ -87,12 +89,39 @@ def render(content: Content) -> str:
         claims_of={
             name: [one for one in content.outcomes if one.claim.figure == name] for name in shown
         },
+        joins=_joins(content),
+        names_of={
+            folder.place: folder.name for folders in content.own.values() for folder in folders
+        },
+        unshown={one.id: _unshown(content, one) for one in content.outcomes},
         film_rows=_rows(content.films),
         roles=ROLES,
         signs=SIGNS,
         variants=VARIANTS,
         no_machine=NO_MACHINE,
     )
+
+
+def _joins(content: Content) -> dict[Path, tuple[list[Picture], list[Picture]]]:
+    """The figures that show a result of the user's, and those that might but hold none of it."""
+    return {
+        folder.place: (
+            [picture for picture in content.pictures if folder.place in picture.joined],
+            [
+                picture
+                for picture in content.pictures
+                if folder.place in picture.offered and folder.place not in picture.joined
+            ],
+        )
+        for folders in content.own.values()
+        for folder in folders
+    }
+
+
+def _unshown(content: Content, one: Outcome) -> list[Path]:
+    """The user's results that a claim was judged by and that its figure does not show."""
+    shown = {place for p in content.pictures if p.id == one.claim.figure for place in p.joined}
+    return [place for place in content.stand_ins.get(one.id, ()) if place not in shown]
 
 
 def _rows(films: Sequence[Film]) -> list[tuple[str, list[Film]]]:

@@ -66,6 +66,27 @@ def only(*formats: str) -> Generator[None]:
         _wanted.reset(token)
 
 
+_noted: contextvars.ContextVar[set[Path] | None] = contextvars.ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noting_results() -> Generator[set[Path]]:
+    """Inside, the folders that :func:`note_results` is told join the set that this gives."""
+    noted: set[Path] = set()
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def note_results(folders: Iterable[Path]) -> None:
+    """Say that a figure shows numbers of these result folders."""
+    noted = _noted.get()
+    if noted is not None:
+        noted.update(folder.resolve() for folder in folders)
+
+
 @contextlib.contextmanager
 def style() -> Generator[None]:
     """Matplotlib's defaults plus the project's one style, whatever the user's own settings are."""

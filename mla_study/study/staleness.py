@@ -129,9 +129,15 @@ def why_stale(stamp: Mapping[str, Any], parts: Mapping[str, str], folder: Path) 
     return ""
 
 
-def write_stamp(file: Path, parts: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-    """Keep what a figure was made from and what came out."""
+def write_stamp(
+    file: Path,
+    parts: Mapping[str, str],
+    outputs: Mapping[str, str],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Keep what a figure was made from and what came out; ``more`` is no part of its key."""
     stamp = {"key": json_sha256(parts), "parts": dict(parts), "outputs": dict(outputs)}
+    stamp |= more or {}
     atomic_write(file, (json.dumps(stamp, indent=1) + "\n").encode())
 
 

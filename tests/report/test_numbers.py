@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import page_reader
@@ -15,8 +13,6 @@ import pandas as pd
 import pytest
 from page_reader import Element
 from report_page import make_page
-
-from mla_study.study.runs import write_result
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -143,17 +139,21 @@ def test_curves_are_those_of_the_tables(content: Element) -> None:
     assert shown == pytest.approx(wanted, rel=2e-5)
 
 
-def test_previews_are_the_first_rows_of_the_tables(content: Element) -> None:
+def test_previews_are_rows_of_the_tables(content: Element) -> None:
     previews = list(content.all("table", "preview"))
     assert len(previews) >= len(list(DATA.glob("*/run.json")))
     for preview in previews:
         frame = pd.read_parquet(ROOT / preview["preview"])
         body = next(preview.all("tbody"))
-        rows = list(body.all("tr"))
-        assert len(rows) == min(8, len(frame))
-        for place, row in enumerate(rows):
-            for column, cell in enumerate(row.all("td")):
-                value = frame.iat[place, column]
+        rows = list(body.all("tr", "row"))
+        assert len(rows) == len(frame) if len(frame) <= 12 else 3 <= len(rows) <= 12
+        heads = [head.text for head in preview.all("th")]
+        for row in rows:
+            place = int(row["row"])
+            shown = [*zip(heads, row.all("td"), strict=True)]
+            shown += [(cell["same"], cell) for cell in preview.all("span", "same")]
+            for head, cell in shown:
+                value = frame.iloc[place][head]
                 if "data-value" in cell.attributes:
                     assert float(cell["value"]) == float(value)
                 elif isinstance(value, str):
@@ -190,48 +190,3 @@ def test_every_figure_stands_in_the_index(content: Element) -> None:
 def test_the_same_data_give_the_same_bytes(page: Path, tmp_path: Path) -> None:
     make_page(tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
-
-
-def test_own_results_join(page: Path, tmp_path: Path) -> None:
-    own = tmp_path / "mine"
-    frame = pd.DataFrame(
-        {"scorer": ["subject_consistency", "dynamic_degree"], "value": [0.9625, 0.5]}
-    )
-    record: dict[str, Any] = {
-        "config": {"videos": 4}, "inputs": {}, "seed": 0, "modules": ("mla_study.study.runs",),
-        "provenance": "measured", "validity": "partial", "notes": ["two dimensions of sixteen"],
-    }  # fmt: skip
-    write_result(own / "vbench_mine", {"table": frame}, **record,
-                 observed={"hardware": "NVIDIA H100"})  # fmt: skip
-    layers = [
-        {"checkpoint": "runs/wan.safetensors", "series": "", "step": math.nan, "layer": layer,
-         "attention": "self", "operator": "kv", "head": -1, "gauge": "raw", "index": k,
-         "sigma": 2.0 / k}
-        for layer in (0, 1) for k in (1, 2, 3, 4)
-    ]  # fmt: skip
-    write_result(own / "wan", {"table": frame, "spectra": pd.DataFrame(layers)}, **record)
-    shutil.copytree(DATA / "bench_model", own / "bench_model")
-    model = pd.read_parquet(own / "bench_model" / "table.parquet")
-    mine = model["quantity"] == "cache, latent bf16 / dense bf16"
-    model.loc[mine, "value"] = 0.5
-    write_result(own / "bench_model", {"table": model}, **record)
-    (own / "vbench_mine" / "table.parquet").write_bytes(b"not a table")
-
-    said = make_page(tmp_path / "own.html", "--results", str(own))
-    assert "own.html" in said
-    content = page_reader.read(tmp_path / "own.html")
-    assert claim(content, "cache-bytes")["verdict"] == "not supported"
-    assert claim(page_reader.read(page), "cache-bytes")["verdict"] == "supported"
-    (section,) = (s for s in content.all("section") if s.attributes.get("id") == "own")
-    folders = {item["folder"]: item for item in section.all("details", "folder")}
-    assert set(folders) == {"bench_model", "vbench_mine", "wan"}
-    assert "NVIDIA H100" in folders["vbench_mine"].text
-    assert "measured · partial" in folders["wan"].text
-    assert "two dimensions of sixteen" in folders["wan"].text
-    assert "cannot be read" in folders["vbench_mine"].text
-    shown = [float(cell["value"]) for cell in folders["wan"].all("td", "value")]
-    assert 0.9625 in shown
-    data = page_reader.chart(content, "spectra-sigma")
-    (line,) = (one for one in data["series"] if one["name"].startswith("wan: "))
-    held = [value for value in line["values"] if value is not None]
-    assert held == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4], rel=1e-4)

@@ -166,8 +166,10 @@ def test_folders_are_found_and_previewed(tmp_path: Path) -> None:
     assert [table.name for table in one.tables] == ["table", "rest"]
     first = one.tables[0]
     assert (first.rows, first.columns, len(first.cells)) == (20, 3, folders.ROWS)
-    assert first.cells[1][1] == folders.Cell("0.3333", 1 / 3)
-    assert first.cells[0][0].text.endswith("…") and first.cells[0][2] == folders.Cell("yes")
+    assert first.heads == ("value",) and first.cells[1] == (folders.Cell("0.3333", 1 / 3),)
+    assert first.places[-1] == 19 and first.cells[-1] == (folders.Cell("6.333", 19 / 3),)
+    (name, long), flag = first.same
+    assert name == "name" and long.text.endswith("…") and flag == ("flag", folders.Cell("yes"))
     assert folders.listed(tmp_path / "b")[0].name == "b"
     (tmp_path / "b" / "rest.parquet").write_bytes((tmp_path / "b" / "table.parquet").read_bytes())
     assert folders.listed(tmp_path)[0].tables[1].altered == "altered since it was measured"
@@ -209,7 +211,7 @@ def frames_of(film: films.Film) -> list[np.ndarray]:
 
 def test_a_figure_that_fails_says_so_and_stops_no_other(tmp_path: Path) -> None:
     (tmp_path / "analysis").mkdir()
-    assert "No module named" in draw(str(tmp_path), "no_such_figure", {}, str(tmp_path))
+    assert "No module named" in draw(str(tmp_path), "no_such_figure", {}, str(tmp_path)).error
 
 
 def test_small_things() -> None:

@@ -81,10 +81,10 @@ class Tables:
             MissingError: no folder has it.
             UserError: it cannot be read.
         """
-        folder = self._place(Path("data") / name / RUN_FILE, Path(name) / RUN_FILE)
+        folder = place_of(name, self._roots)
         if folder is None:
             raise MissingError(f"results/data/{name}")
-        place = folder.parent / f"{table}.parquet"
+        place = folder / f"{table}.parquet"
         if place not in self._held:
             self._held[place] = _result(place, f"data/{name}/{table}.parquet")
         return self._held[place]
@@ -95,16 +95,19 @@ class Tables:
         Raises:
             MissingError, UserError: as :meth:`result`.
         """
-        place = self._place(Path("paper") / f"{name}.csv")
+        places = (root / "paper" / f"{name}.csv" for root in self._roots)
+        place = next((place for place in places if place.is_file()), None)
         if place is None:
             raise MissingError(f"results/paper/{name}.csv")
         if place not in self._held:
             self._held[place] = _quoted(place, f"paper/{name}.csv")
         return self._held[place]
 
-    def _place(self, *options: Path) -> Path | None:
-        places = (root / option for root in self._roots for option in options)
-        return next((place for place in places if place.is_file()), None)
+
+def place_of(name: str, roots: Iterable[Path]) -> Path | None:
+    """The folder of the result ``name`` in the first results folder that has it."""
+    places = (root / option for root in roots for option in (Path("data") / name, Path(name)))
+    return next((place for place in places if (place / RUN_FILE).is_file()), None)
 
 
 class Reader:
