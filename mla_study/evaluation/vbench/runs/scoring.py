@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from mla_study.evaluation.vbench.dimensions import VERSION
 from mla_study.evaluation.vbench.long.configs import LongConfigs
-from mla_study.evaluation.vbench.prompts import text_sha256, told_by
-from mla_study.evaluation.vbench.runs import tables, videos
+from mla_study.evaluation.vbench.prompts import Told, text_sha256, told_by
+from mla_study.evaluation.vbench.runs import counts, tables, videos
 from mla_study.evaluation.vbench.runs.drive import Answer, Job, drive
-from mla_study.evaluation.vbench.runs.plan import Mode, Place, Plan, Question, launcher
+from mla_study.evaluation.vbench.runs.plan import (
+    Mode,
+    Place,
+    Plan,
+    Question,
+    launcher,
+    subjects,
+    takes_any,
+)
 from mla_study.evaluation.vbench.runs.protocol import Protocol, spread
 from mla_study.evaluation.vbench.runs.store import Scored, Scores
 from mla_study.evaluation.vbench.runs.videos import Problem, Video
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FLICKER = "temporal_flickering"
+LISTED = "problems.csv"
 MODULES = ("mla_study.evaluation.vbench.runs.run",)
 Say = Callable[[str], None]
 
@@ -73,6 +82,20 @@ class Request:
     take: tuple[Path, ...] = ()
     skip_bad: bool = False
     long: LongOptions | None = None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The videos of a run.
+
+    Attributes:
+        videos: those that can be scored. skipped: what is known of those that cannot.
+        problems: of both, and of the table of prompts.
+    """
+
+    videos: list[Video]
+    skipped: list[Told | None] = field(default_factory=list["Told | None"])
+    problems: list[Problem] = field(default_factory=list[Problem])
 
 
 @dataclass
@@ -132,6 +155,31 @@ def kept(questions: Iterable[Question], store: Scores) -> list[tuple[Question, S
     return [(question, found) for question, found in held if found is not None]
 
 
+def all_given(given: Gathered, scorer: str) -> int:
+    """How many of the videos that were given a scorer would look at, bad ones and all."""
+    skipped = given.skipped if takes_any(scorer) else [told for told in given.skipped if told]
+    return len(subjects(scorer, "custom", given.videos, {})) + len(skipped)
+
+
+def incomplete(
+    request: Request, given: Gathered, scorer: str, asked: Sequence[Video], wanted: counts.Wanted
+) -> list[str]:
+    """Clauses on why a scorer's videos are not all that are wanted, before any is scored."""
+    found = list[str]()
+    if request.shard is not None:
+        found.append(f"only shard {request.shard[0]} of {request.shard[1]} is here")
+    elif wanted:
+        found += filter(None, [counts.lack(asked, wanted)])
+    elif bad := all_given(given, scorer) - len(asked):
+        found.append(f"{bad} bad video{'s were' if bad > 1 else ' was'} skipped")
+    return found
+
+
+def unscored(lost: int, what: str) -> list[str]:
+    """A clause on videos or clips without a score; none where there are none."""
+    return [f"{lost} {what}{'s have' if lost > 1 else ' has'} no score"] if lost else []
+
+
 def protocol_of(
     request: Request, seen: Sequence[Video], suite_hash: str | None, plan: Plan,
     answered: Iterable[tuple[Question, Scored]],
@@ -155,9 +203,15 @@ def protocol_of(
 
 def write(
     request: Request, frames: Mapping[str, pd.DataFrame], seen: Sequence[Video],
-    protocol: Protocol, random: bool,
+    protocol: Protocol, random: bool, problems: Sequence[Problem] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the result; scores by random weights are a null model, never measured."""
+    """Write the result; scores by random weights are a null model, never measured.
+
+    What is missing or wrong is ``problems.csv``, also when it is nothing, and a table of the run.
+    """
+    save_problems(request.out / LISTED, problems)
+    if problems:
+        frames = {**frames, "problems": videos.problem_table(problems)}
     provenance: Provenance = "null-model" if random else "measured"
     table = frames["table"]
     validity = tables.worst(table["validity"]) if len(table) else "invalid"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -189,33 +188,6 @@ def examine(
             problems.append(Problem(video.name, video.note, fatal=False))
         videos.append(video)
     return videos, problems
-
-
-def absent(
-    videos: Iterable[Video], wanted: Mapping[str, int], known: Sequence[str] | None = None
-) -> list[Problem]:
-    """What a set of prompts lacks: prompts without videos, too few of one, names of no prompt.
-
-    Args:
-        wanted: prompt -> number of its videos.
-        known: prompts that are no stray either, though nothing asks for them now.
-    """
-    videos = list(videos)
-    held = Counter(video.prompt for video in videos)
-    problems = list[Problem]()
-    for prompt, count in wanted.items():
-        if not held[prompt]:
-            problems.append(Problem(prompt, f"no video of this prompt ({count} wanted)", False))
-        elif held[prompt] < count:
-            what = f"{held[prompt]} of {count} videos of this prompt"
-            problems.append(Problem(prompt, what, False))
-    allowed = set(wanted) | set(known or ())
-    problems += [
-        Problem(video.name, "its name is of no prompt of the suite", False)
-        for video in videos
-        if video.prompt not in allowed
-    ]
-    return problems
 
 
 def problem_table(problems: Iterable[Problem]) -> pd.DataFrame:
