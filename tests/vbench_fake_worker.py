@@ -45,6 +45,8 @@ def main() -> None:
                 "event": "score", "id": job["id"], "value": digest[0] / 255, "counted": True,
                 "terms": 1 + digest[1] % 5, "frames": 6, "seconds": 0.01, "rss_mib": 10.0,
             }  # fmt: skip
+            if Path(job["path"]).with_suffix(".short").exists():
+                said["frames"] = 3
             if scorer == "static_filter":
                 said["value"] = int(not Path(job["path"]).with_suffix(".moves").exists())
             if scorer == "long.split":

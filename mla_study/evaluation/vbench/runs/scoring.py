@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_study.evaluation.vbench.dimensions import VERSION
+from mla_study.evaluation.vbench.dimensions import READ_WHOLE, VERSION
 from mla_study.evaluation.vbench.long.configs import LongConfigs
 from mla_study.evaluation.vbench.prompts import Told, text_sha256, told_by
 from mla_study.evaluation.vbench.runs import counts, tables, videos
@@ -117,11 +117,25 @@ def weights_mode(request: Request) -> Mode:
     return request.mode
 
 
+def cut_short(question: Question, scored: Scored) -> str:
+    """A sentence where a scorer got fewer frames of a video than it has; empty where not."""
+    frames = question.video.frames
+    if question.scorer not in READ_WHOLE or scored.frames >= frames:
+        return ""
+    return f"VBench's reader got {scored.frames} of {frames} frames: the file is damaged or odd"
+
+
+def held(question: Question, store: Scores) -> Scored | None:
+    """The kept answer to a question, if it is one of the whole video."""
+    found = store.get(question.key)
+    return None if found is None or cut_short(question, found) else found
+
+
 def answer(
     questions: Sequence[Question], request: Request, store: Scores, say: Say, progress: bool
 ) -> tuple[dict[str, str], list[Problem]]:
     """Have workers answer what the store does not hold; scores are kept as they come."""
-    open_ = [question for question in questions if store.get(question.key) is None]
+    open_ = [question for question in questions if held(question, store) is None]
     failures = list[Problem]()
     if not open_:
         return {}, failures
@@ -133,10 +147,11 @@ def answer(
 
         def take(found: Answer) -> None:
             question = by_job[found.scorer, found.job.id]
-            if found.scored is not None:
+            why = found.reason if found.scored is None else cut_short(question, found.scored)
+            if found.scored is not None and not why:
                 store.put(question.key, found.scored)
             else:
-                reason = f"{found.scorer}: {found.reason}"
+                reason = f"{found.scorer}: {why}"
                 failures.append(Problem(question.video.name, reason))
                 say(f"{question.video.name}: {reason}")
             tick(found.scorer)
@@ -150,9 +165,9 @@ def answer(
 
 
 def kept(questions: Iterable[Question], store: Scores) -> list[tuple[Question, Scored]]:
-    """Questions with the answers that the store holds."""
-    held = ((question, store.get(question.key)) for question in questions)
-    return [(question, found) for question, found in held if found is not None]
+    """Questions with the answers that the store holds, see :func:`held`."""
+    found = ((question, held(question, store)) for question in questions)
+    return [(question, scored) for question, scored in found if scored is not None]
 
 
 def all_given(given: Gathered, scorer: str) -> int:

@@ -19,7 +19,7 @@ from vbench_runs import run_fake, write_clip, write_clips
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.prompts import Entry
 from mla_study.evaluation.vbench.runs import run as running
-from mla_study.evaluation.vbench.runs import scoring
+from mla_study.evaluation.vbench.runs import scoring, videos
 from mla_study.evaluation.vbench.runs.drive import Job
 from mla_study.evaluation.vbench.runs.store import FILE, locked
 from mla_study.study.runs import read_result
@@ -218,6 +218,44 @@ def test_bad_videos_are_listed_before_anything_is_scored(
     done, _ = run_fake(monkeypatch, clips, tmp_path / "out", skip_bad=True)
     assert len(done.videos) == 5
     assert (clips / "a cat-0.mp4").read_bytes() == whole
+
+
+def test_a_score_of_a_part_of_the_frames_is_none(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    (clips / "rain-0.short").touch()
+    scorers = ("temporal_flickering", "dynamic_degree")
+    done, _ = run_fake(monkeypatch, clips, tmp_path / "out", scorers)
+    rows = done.table.set_index("scorer")
+    # dynamic degree samples frames: that it looked at three is no fault
+    assert rows["validity"].to_dict() == {scorers[0]: "partial", scorers[1]: "full"}
+    assert rows.at[scorers[0], "why"] == "1 video has no score"
+    (failure,) = done.failures
+    assert failure.name == "rain-0.mp4" and "3 of 6 frames" in failure.what
+    (clips / "rain-0.short").unlink()
+    again, _ = run_fake(monkeypatch, clips, tmp_path / "out", scorers)
+    assert set(again.table["validity"]) == {"full"} and not again.failures
+
+
+def test_what_an_earlier_version_saw_of_a_file_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_fake(monkeypatch, clips, out)
+    looked: list[str] = []
+    true = videos.look
+
+    def look(path: Path) -> dict[str, Any]:
+        looked.append(path.name)
+        return true(path)
+
+    monkeypatch.setattr(videos, "look", look)
+    run_fake(monkeypatch, clips, out)
+    assert not looked
+    with sqlite3.connect(out / FILE) as db:
+        db.execute("update files set facts = json_remove(facts, '$.look') where path like '%rain%'")
+    run_fake(monkeypatch, clips, out)
+    assert sorted(looked) == ["rain-0.mp4", "rain-1.mp4"]
 
 
 def test_one_run_at_a_time_in_a_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,41 @@ def test_a_cut_file_whose_header_is_in_front_is_found_out(tmp_path: Path) -> Non
     assert "problem" in videos.look(path)
     path.write_bytes(whole)
     assert "problem" not in videos.look(path)
+
+
+def overwritten(whole: bytes, count: int) -> bytes:
+    """With ``count`` bytes in the middle set to nought."""
+    middle = len(whole) // 2
+    return whole[:middle] + bytes(count) + whole[middle + count :]
+
+
+def test_a_video_that_is_damaged_in_the_middle_is_found_out(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "hurt-0.mp4", frames=60)
+    whole = path.read_bytes()
+    path.write_bytes(overwritten(whole, 3000))
+    assert len(path.read_bytes()) == len(whole)
+    _, (problem,) = videos.examine(videos.find(tmp_path))
+    assert problem.fatal
+    matched = re.match(r"is damaged: (\d+) of 60 frames decode", problem.what)
+    assert matched is not None and 20 < int(matched[1]) < 60
+
+
+def test_frames_that_an_edit_list_hides_are_no_damage(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    whole = write_clip(tmp_path / "whole.mp4", frames=20)
+    (tmp_path / "clips").mkdir()
+    path = tmp_path / "clips" / "trimmed-0.mp4"
+    with av.open(str(whole)) as read, av.open(str(path), "w") as container:
+        stream = read.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        for packet in read.demux(stream):
+            if packet.dts is not None:
+                early = int(5 / 8 / stream.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - early, packet.dts - early, copy
+                container.mux(packet)
+    (video,), (problem,) = videos.examine(videos.find(tmp_path / "clips"))
+    assert video.frames == 15 and not problem.fatal
+    assert "an edit list hides 5 frames" in problem.what
 
 
 def test_places_without_videos_are_told_apart(tmp_path: Path) -> None:
