@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -109,8 +110,8 @@ def find(place: Path, prompts: Path | None = None) -> dict[Path, Told | None]:
 def look(path: Path) -> dict[str, Any]:
     """Frames, rate, size and hash of a file; every frame is decoded once (2 to 5 ms each at 480p).
 
-    Nothing less will do: readers stop at the first damaged frame, or go on with the last good one,
-    and neither tells.
+    Nothing less will do: readers stop at the first damaged frame, go on with the last good one, or
+    paint over what they cannot read, and none tells.
 
     Returns:
         ``sha256, frames, fps, width, height, note`` or ``problem`` with a sentence.
@@ -126,6 +127,8 @@ def look(path: Path) -> dict[str, Any]:
                 return {"problem": "has no picture, only sound"}
             streams, stream = len(container.streams.video), container.streams.video[0]
             promised, rate = stream.frames, stream.average_rate
+            # with more, the mark of a frame that was painted over gets lost
+            stream.codec_context.thread_count = 1
             for packet in container.demux(stream):
                 if packet.size:
                     packets += 1
@@ -179,7 +182,7 @@ def _odd(times: list[int], hidden: int, streams: int, width: int, height: int) -
 
 def examine(
     found: Mapping[Path, Told | None], remembered: Remember | None = None,
-    remember: Callable[[Path, Mapping[str, Any]], None] | None = None, workers: int = 2,
+    remember: Callable[[Path, Mapping[str, Any]], None] | None = None, workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Video], list[Problem]]:  # fmt: skip
     """Look at every video; those that can be scored, and what is wrong with the others.
@@ -187,10 +190,11 @@ def examine(
     Args:
         remembered: what was seen of a file that has not changed since, or None.
         remember: called with what was seen now, from this thread.
+        workers: threads (default: one a core).
     """
     facts = {path: remembered(path) if remembered else None for path in found}
     new = [path for path, known in facts.items() if known is None]
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         for count, (path, seen) in enumerate(zip(new, pool.map(look, new), strict=True), 1):
             facts[path] = seen
             if remember is not None and "problem" not in seen:

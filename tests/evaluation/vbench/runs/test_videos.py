@@ -99,6 +99,10 @@ def test_a_video_that_is_damaged_in_the_middle_is_found_out(tmp_path: Path) -> N
     assert problem.fatal
     matched = re.match(r"is damaged: (\d+) of 60 frames decode", problem.what)
     assert matched is not None and 20 < int(matched[1]) < 60
+    # a few bytes leave every frame there, one of them with a smear
+    path.write_bytes(overwritten(whole, 12))
+    _, (problem,) = videos.examine(videos.find(tmp_path))
+    assert problem.fatal and problem.what == "is damaged: 59 of 60 frames decode"
 
 
 def test_frames_that_an_edit_list_hides_are_no_damage(tmp_path: Path) -> None:
