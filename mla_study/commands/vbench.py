@@ -129,6 +129,8 @@ class Run:
             print(done.table.to_json(orient="records", indent=1))
         else:
             print(text_table(done.table))
+        if odd := done.odd():
+            tell(odd)
         record = done.record
         print(
             f"class {record['provenance']}, {record['validity']}, run {record['run_hash'][:12]}: "

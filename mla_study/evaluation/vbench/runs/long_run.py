@@ -150,8 +150,9 @@ def run_long(
     }  # fmt: skip
     if frames["drift"].empty:
         del frames["drift"]
-    record = write(request, frames, seen, protocol, plan.random, [*problems, *failures])
-    return Finished(table_, shown, record, request.out, failures, stopped)
+    problems += failures
+    record = write(request, frames, seen, protocol, plan.random, problems)
+    return Finished(table_, shown, record, request.out, failures, stopped, problems)
 
 
 def _short(mine: Sequence[Video]) -> list[str]:

@@ -161,12 +161,10 @@ def _run(request: Request, store: Scores, say: Say, progress: bool) -> Finished:
     table = tables.score_table(
         shown, scorers, count, model=request.model, mode=request.mode, validity=best, why=why
     )
-    if lacking:
-        say(f"{len(lacking)} prompts or names lack something: {request.out / LISTED}")
     found = [*given.problems, *problems, *lacking, *failures]
     frames = {"table": table, "videos": shown}
     written = write(request, frames, seen, protocol, plan.random, found)
-    return Finished(table, shown, written, request.out, failures, stopped)
+    return Finished(table, shown, written, request.out, failures, stopped, found)
 
 
 def _static(

@@ -100,7 +100,7 @@ class Gathered:
 
 @dataclass
 class Finished:
-    """What a run leaves: tables, the run record, and what did not work."""
+    """What a run leaves: tables, the run record, what did not work, and all that was odd."""
 
     table: pd.DataFrame
     videos: pd.DataFrame
@@ -108,6 +108,15 @@ class Finished:
     folder: Path
     failures: list[Problem] = field(default_factory=list[Problem])
     stopped: dict[str, str] = field(default_factory=dict[str, str])
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+    def odd(self) -> str:
+        """A line on what is odd or missing, and where it stands; empty where all is well."""
+        bad = len({problem.name for problem in self.problems if problem.fatal})
+        noted = sum(not problem.fatal for problem in self.problems)
+        told = [f"{count} {what}{'s' * (count > 1)}" for count, what in
+                ((bad, "failure"), (noted, "note")) if count]  # fmt: skip
+        return f"{' and '.join(told)}: {self.folder / LISTED}" if told else ""
 
 
 def weights_mode(request: Request) -> Mode:

@@ -196,11 +196,11 @@ def test_prompts_of_the_suite_choose_videos_and_a_lack_makes_scores_partial(
         5,
         15,
     )
-    assert set(rows["validity"]) == {"partial"}
+    assert set(rows["validity"]) == {"partial"} and not said
+    assert done.odd() == f"5 notes: {tmp_path / 'out' / 'problems.csv'}"
     table = pd.read_csv(tmp_path / "out" / "problems.csv").set_index("name")["what"]
     assert table["a cat"].startswith("3 of 5") and table["snow"].startswith("no video")
     assert "no prompt of the suite" in table["two dogs - running-0.mp4"]
-    assert said
     with pytest.raises(UserError, match=r"no video in .* is of a prompt"):
         run_fake(monkeypatch, clips, tmp_path / "other", ("human_action",), mode="short")
 
@@ -215,8 +215,19 @@ def test_bad_videos_are_listed_before_anything_is_scored(
         run_fake(monkeypatch, clips, tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "problems.csv")
     assert list(table["name"]) == ["rain-0.mp4", "rain-1.mp4"] and table["fatal"].all()
-    done, _ = run_fake(monkeypatch, clips, tmp_path / "out", skip_bad=True)
-    assert len(done.videos) == 5
+    write_clip(clips / "rain-2.mp4", size=(33, 48), seed=5)
+    done, said = run_fake(monkeypatch, clips, tmp_path / "out", skip_bad=True)
+    assert len(done.videos) == 6
+    (row,) = done.table.to_dict("records")
+    assert (row["videos"], row["wanted"], row["validity"]) == (6, 8, "partial")
+    assert row["why"] == "2 bad videos were skipped"
+    assert said[0].startswith("2 of 8 videos are skipped")
+    assert done.odd().startswith("2 failures and 1 note: ")
+    table = pd.read_csv(tmp_path / "out" / "problems.csv")
+    assert list(table["name"]) == ["rain-0.mp4", "rain-1.mp4", "rain-2.mp4"]
+    assert list(table["fatal"]) == [True, True, False]
+    kept = read_result(tmp_path / "out").tables["problems"]
+    assert list(kept["what"]) == list(table["what"]) and "odd size" in kept["what"].iloc[2]
     assert (clips / "a cat-0.mp4").read_bytes() == whole
 
 
