@@ -78,7 +78,10 @@ def absent(videos: Iterable[Video], wanted: Wanted, suite: Mapping[str, Entry]) 
     for video in videos:
         entry = suite.get(video.prompt or "")
         if entry is None:
-            problems.append(Problem(video.name, "its name is of no prompt of the suite", False))
+            whose = (
+                "it has no prompt" if video.prompt is None else "its prompt is none of the suite"
+            )
+            problems.append(Problem(video.name, f"{whose}: left out", False))
         elif place_of(video) >= (most := _most(entry.dimensions)):
             what = f"its index is beyond the {most} videos of a prompt that are looked at: left out"
             problems.append(Problem(video.name, what, False))

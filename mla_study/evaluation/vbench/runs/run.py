@@ -84,6 +84,11 @@ def gather(request: Request, store: Scores, say: Say, progress: bool) -> Gathere
     found = videos.find(request.place, request.prompts)
     with bar(len(found), "videos looked at", progress) as tick:
         seen, problems = videos.examine(found, store.seen, store.see, progress=lambda _: tick())
+    untold = sum(told is None for told in found.values())
+    if untold:
+        what = f"tells nothing of {untold} of the {len(found)} videos: they have no prompt"
+        table = request.prompts or videos.table_beside(request.place)
+        problems.append(Problem(table.name if table else "", what, False))
     bad = [problem for problem in problems if problem.fatal]
     listed = request.out / LISTED
     save_problems(listed, problems)

@@ -41,7 +41,7 @@ def test_videos_below_five_seconds_make_no_full_score(
     table = pd.read_csv(tmp_path / "out" / "problems.csv")
     mine = table[table["name"] == "b_c-0.mp4"]["what"]
     assert [what[:13] for what in mine] == [
-        "lasts 0.75 s,", "makes a singl", "has a '_' in"
+        "lasts 0.75 s,", "makes a singl", "has a '_' in "
     ]  # fmt: skip
     assert any(sentence.startswith("2 more notes on videos stand in") for sentence in said)
 

@@ -200,7 +200,7 @@ def test_prompts_of_the_suite_choose_videos_and_a_lack_makes_scores_partial(
     assert done.odd() == f"5 notes: {tmp_path / 'out' / 'problems.csv'}"
     table = pd.read_csv(tmp_path / "out" / "problems.csv").set_index("name")["what"]
     assert table["a cat"].startswith("3 of 5") and table["snow"].startswith("no video")
-    assert "no prompt of the suite" in table["two dogs - running-0.mp4"]
+    assert "none of the suite" in table["two dogs - running-0.mp4"]
     with pytest.raises(UserError, match=r"no video in .* is of a prompt"):
         run_fake(monkeypatch, clips, tmp_path / "other", ("human_action",), mode="short")
 
@@ -267,6 +267,16 @@ def test_what_an_earlier_version_saw_of_a_file_is_looked_at_again(
         db.execute("update files set facts = json_remove(facts, '$.look') where path like '%rain%'")
     run_fake(monkeypatch, clips, out)
     assert sorted(looked) == ["rain-0.mp4", "rain-1.mp4"]
+
+
+def test_a_table_of_prompts_that_leaves_videos_out_is_noted(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    (clips / "prompts.csv").write_text("file,prompt\nrain-0.mp4,rain\n")
+    done, _ = run_fake(monkeypatch, clips, tmp_path / "out")
+    (problem,) = done.problems
+    assert problem.name == "prompts.csv" and not problem.fatal
+    assert problem.what == "tells nothing of 6 of the 7 videos: they have no prompt"
 
 
 def test_one_run_at_a_time_in_a_folder(

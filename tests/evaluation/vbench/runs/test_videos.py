@@ -151,16 +151,35 @@ def test_a_table_of_prompts_frees_names(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("a.csv", "file,text\nx,y\n", "row 1 lacks file or prompt"),
-        ("b.csv", "file,prompt,index\nx,y,first\n", "row 1: index 'first'"),
+        (
+            "b.csv",
+            "file,prompt,index\nx,y,first\n",
+            "row 1: index 'first' is no number from 0 (a prompt",
+        ),
         ("c.csv", "file,prompt\nx,y\nx,z\n", "row 2 names x a second time"),
         ("d.jsonl", '{"file": "x", "prompt": "y"}\n{"file"\n', "line 2 is no JSON"),
         ("e.jsonl", "[1]\n", "line 1 is no object"),
         ("f.csv", "", "holds no row"),
+        (
+            "g.csv",
+            "file,prompt\nx,y\nz,In a still frame, a stop sign\n",
+            "row 2 (z) has more cells",
+        ),
+        ("h.csv", "file,prompt\nx,\n", "row 1 (x) has an empty prompt"),
+        ("i.jsonl", '{"file": "x", "prompt": " "}\n', "row 1 (x) has an empty prompt"),
+        (
+            "j.csv",
+            "file,prompt,index\nx,y,1\nz,y,1\n",
+            "row 2: z is video 1 of its prompt, as x is",
+        ),
+        ("k.csv", "file,prompt\nx-0.mp4,y\nz.mp4,y\n", "z.mp4 is video 0 of its prompt, as x-0"),
+        ("l.csv", "file,prompt,index\nx,y,²\n", "row 1: index '²' is no number"),
+        ("m.csv", "file,prompt,index\nx,y,99999999999999999999\n", "is no number from 0"),
     ],
 )
 def test_bad_tables_are_refused_by_row(tmp_path: Path, name: str, content: str, says: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=re.escape(says)):
         prompts.read_table(tmp_path / name)
 
 
@@ -187,3 +206,10 @@ def test_names_end_in_a_number_or_are_prompts() -> None:
         "In a still frame, a stop sign.", 0
     )
     assert prompts.split_name("clip.mp4") == Told("clip")
+    assert prompts.split_name("x-²-99999999999999999999.mp4").index is None
+
+
+def test_a_prompt_in_quotation_marks_keeps_its_commas(tmp_path: Path) -> None:
+    table = tmp_path / "prompts.csv"
+    table.write_text('file,prompt\na.mp4,"In a still frame, a stop\u2028sign"\n')
+    assert prompts.read_table(table)["a.mp4"].prompt == "In a still frame, a stop\u2028sign"
