@@ -154,7 +154,10 @@ def label(scorer: str) -> str:
 
 def text_table(table: pd.DataFrame) -> str:
     """The scores for a terminal."""
-    lines = [f"{'':34}{'score':>8}  {'95 % interval':17} {'videos':>12}  validity"]
+    modes = " and ".join(dict.fromkeys(table["mode"]))
+    lines = [
+        f"{modes and f'{modes} mode':34}{'score':>8}  {'95 % interval':17} {'videos':>12}  validity"
+    ]
     for row in table.to_dict("records"):
         wanted = "" if row["wanted"] is None or row["wanted"] != row["wanted"] else row["wanted"]
         count = f"{row['videos']} of {wanted}" if str(wanted).isdigit() else str(row["videos"])

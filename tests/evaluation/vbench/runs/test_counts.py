@@ -42,6 +42,7 @@ def test_many_videos_of_one_prompt_do_not_stand_for_those_of_others(
     assert (row["videos"], row["wanted"], row["validity"]) == (5, 15, "partial")
     assert row["why"] == "2 of 3 prompts lack videos"
     assert problems(out)[PROMPTS[1]] == "no video of this prompt (25 wanted)"
+    assert tables.text_table(done.table).startswith("short mode ")
     assert "5 of 15  partial" in tables.text_table(done.table)
     assert "(partial): 2 of 3 prompts lack videos" in tables.text_table(done.table)
     raw, _ = run_fake(
