@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mla_study.evaluation.vbench.worker.channel import die_with_driver
+
 
 def split(job: dict[str, Any]) -> dict[str, Any]:
     """A video as one clip of six frames at eight a second."""
@@ -23,6 +25,9 @@ def split(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    die_with_driver()
+    if "FAKE_PIDS" in os.environ:
+        (Path(os.environ["FAKE_PIDS"]) / str(os.getpid())).touch()
     request = json.loads(Path(sys.argv[1]).read_text())
     scorer = request["scorer"]
     if scorer == os.environ.get("FAKE_BROKEN"):
