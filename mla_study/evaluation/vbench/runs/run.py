@@ -54,8 +54,14 @@ def run(request: Request, say: Say, progress: bool = True) -> Finished:
 
     Raises:
         UserError: no videos, a bad one (all are named in ``problems.csv``), weights that are not
-            there, a folder in use.
+            there, a folder in use or within that of the videos.
     """
+    place, whole = request.place.resolve(), request.out.resolve()
+    if place == whole or place in whole.parents:
+        raise UserError(
+            f"--out {request.out} lies in the videos' own folder {request.place}, which is only "
+            "read: give one outside"
+        )
     preflight(request.scorers, request.where, weights_mode(request))
     out = request.out if request.shard is None else request.out / shard_name(*request.shard)
     with locked(out):
