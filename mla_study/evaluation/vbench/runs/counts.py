@@ -73,7 +73,7 @@ def absent(videos: Iterable[Video], wanted: Wanted, suite: Mapping[str, Entry]) 
             problems.append(Problem(prompt, f"no video of this prompt ({count} wanted)", False))
         elif len(mine) < count:
             lost = ranges(place for place in range(count) if place not in mine)
-            what = f"{len(mine)} of {count} videos of this prompt: index {lost} is missing"
+            what = f"{len(mine)} of {count} videos of this prompt, without index {lost}"
             problems.append(Problem(prompt, what, False))
     for video in videos:
         entry = suite.get(video.prompt or "")

@@ -25,9 +25,11 @@ LEAST_STATIC = 5
 """Frames that the static filter needs: with 4, round(2 * 4 / 16) moves are allowed."""
 
 LEAST_SIDE = 121
-"""Pixels a side that RAFT needs. It halves a map of an eighth of the size three times and divides by
-the last one's size less one: up to 56 pixels it fails, up to 120 all flow is NaN, which VBench takes
-for no motion."""
+"""Pixels a side that RAFT needs.
+
+It halves a map of an eighth of the size three times and divides by the last one's size less one: up
+to 56 pixels it fails, up to 120 all flow is NaN, which VBench takes for no motion.
+"""
 
 
 def _flickering(request: Line) -> Scorer:

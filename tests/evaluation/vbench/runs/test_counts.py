@@ -104,7 +104,7 @@ def test_a_video_counts_once_and_only_where_it_is_wanted(
     (row,) = done.table.to_dict("records")
     assert (row["videos"], row["wanted"], row["validity"]) == (9, 10, "partial")
     told = problems(out)
-    assert told["a cat"] == "4 of 5 videos of this prompt: index 4 is missing"
+    assert told["a cat"] == "4 of 5 videos of this prompt, without index 4"
     assert told["a cat.mp4"] == "is video 0 of its prompt, as a cat-0.mp4 is: left out"
     assert told["a cat-00.mp4"] == told["a cat.mp4"]
     assert told["a cat-7.mp4"].startswith("its index is beyond the 5 videos")
