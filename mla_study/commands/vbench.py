@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from mla_study.commands.vbench_sample import Sample
 from mla_study.commands.vbench_weights import Doctor, FetchWeights
 from mla_study.errors import UserError, tell
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _EXIT_INTERRUPTED, _EXIT_UNFINISHED = 130, 2
 
 
@@ -129,6 +131,8 @@ class Run:
             print(done.table.to_json(orient="records", indent=1))
         else:
             print(text_table(done.table))
+        if odd := done.odd():
+            tell(odd)
         record = done.record
         print(
             f"class {record['provenance']}, {record['validity']}, run {record['run_hash'][:12]}: "
@@ -193,10 +197,12 @@ def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, 
     """Devices, one a process, and threads of each.
 
     Raises:
-        UserError: fewer than one worker, or a GPU that is not there.
+        UserError: no device, fewer than one worker, or a GPU that is not there.
     """
     from mla_study.evaluation.vbench.needs import environment
 
+    if not _DEVICE.fullmatch(device):
+        raise UserError(f"--device is '{device}': give auto, cpu, cuda, or cuda:1 and so on")
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, but it must be at least 1")
     cores = len(os.sched_getaffinity(0))
@@ -205,6 +211,8 @@ def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, 
         gpus = environment.gpus(found)
     if device.startswith("cuda") and not gpus:
         raise UserError(f"--device {device}, but VBench's PyTorch sees no GPU: give cpu or auto")
+    if ":" in device and int(device.partition(":")[2]) >= gpus:
+        raise UserError(f"--device {device}, but VBench's PyTorch sees {gpus} GPUs, from cuda:0 on")
     if device == "cpu" or not gpus:
         count = workers or cores
         return ("cpu",) * count, max(1, cores // count)
