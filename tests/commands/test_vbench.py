@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from evaluation.vbench import vbench_places
 from vbench_runs import write_clip
 
 from mla_study.cli import main
 from mla_study.commands import vbench as command
 from mla_study.errors import UserError
+from mla_study.evaluation.vbench.runs.scoring import Request
 
 FLICKER = ("--mode", "custom", "--dimensions", "temporal_flickering")
 
@@ -52,6 +54,18 @@ def test_missing_weights_are_named_before_anything_is_scored(
         (("run", "nowhere", "--out", "x", "--mode", "custom", "--dimensions", "scene"), "prompts"),
         (("compare", "one"), "at least two"),
         (("run", "x", "--out", "y", *FLICKER, "--shard", "3/3"), "give I/N"),
+        (("run", "x", "--out", "y", *FLICKER, "--static-filter"), "--static-filter says nothing in"),
+        (("run", "x", "--out", "y", *FLICKER, "--no-static-filter"), "--no-static-filter says"),
+        (("run", "x", "--out", "y", *FLICKER, "--split-scenes"), "of long mode"),
+        (("run", "x", "--out", "y", *FLICKER, "--detectron2", "d"), "of short and long mode"),
+        (("run", "x", "--out", "y", "--upstream-exact"), "--upstream-exact says nothing in short"),
+        (("run", "x", "--out", "y", "--no-clip-to-clip"), "--no-clip-to-clip says nothing in"),
+        (("run", "x", "--out", "y", "--long-configs", "d"), "give --mode long"),
+        (("run", "x", "--out", "y", "--static-filter", "--no-static-filter"), "contradict"),
+        (
+            ("run", "x", "--out", "y", "--static-filter", "--dimensions", "scene"),
+            "is not among --dimensions",
+        ),
     ],
 )
 def test_wrong_words_are_told(
@@ -67,3 +81,35 @@ def test_processes_share_the_cores() -> None:
         command._slots("cuda", None, None)  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(UserError, match="at least 1"):
         command._slots("cpu", 0, None)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize(
+    ("words", "filtered", "exact", "dev"),
+    [
+        ((), None, None, None),
+        (("--static-filter",), True, None, None),
+        (("--no-static-filter",), False, None, None),
+        (("--mode", "long"), None, True, True),
+        (("--mode", "long", "--upstream-exact", "--clip-to-clip"), None, True, True),
+        (("--mode", "long", "--no-upstream-exact"), None, False, True),
+        (("--mode", "long", "--static-filter", "--no-clip-to-clip"), True, True, False),
+    ],
+)
+def test_what_may_be_forbidden_may_be_demanded(
+    words: tuple[str, ...], filtered: bool | None, exact: bool | None, dev: bool | None,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    asked: list[Request] = []
+
+    def stopped(request: Request, *_: object) -> None:
+        asked.append(request)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("mla_study.evaluation.vbench.runs.run.run", stopped)
+    monkeypatch.setenv("MLA_STUDY_VBENCH_ENV", str(vbench_places.environment(tmp_path / "env")))
+    dimensions = ("--dimensions", "temporal_flickering", "imaging_quality[niqe]")
+    told = refused(capsys, "run", tmp_path, "--out", tmp_path, "--device", "cpu", *dimensions, *words)
+    assert "far enough" in told
+    assert asked[0].static_filter is filtered
+    long = asked[0].long
+    assert (None, None) == (exact, dev) if long is None else (long.exact, long.dev) == (exact, dev)
