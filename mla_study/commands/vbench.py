@@ -118,8 +118,7 @@ class Run:
         )  # fmt: skip
         if static_filter and FLICKER not in scorers:
             raise UserError(
-                f"--static-filter is about {FLICKER}, which is not among --dimensions: "
-                "leave it out"
+                f"--static-filter is about {FLICKER}, which is not among --dimensions: leave it out"
             )
         other = [name for name in scorers if name not in dimensions.NATIVE]
         long_mode = self.mode == "long"

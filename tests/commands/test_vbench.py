@@ -54,7 +54,10 @@ def test_missing_weights_are_named_before_anything_is_scored(
         (("run", "nowhere", "--out", "x", "--mode", "custom", "--dimensions", "scene"), "prompts"),
         (("compare", "one"), "at least two"),
         (("run", "x", "--out", "y", *FLICKER, "--shard", "3/3"), "give I/N"),
-        (("run", "x", "--out", "y", *FLICKER, "--static-filter"), "--static-filter says nothing in"),
+        (
+            ("run", "x", "--out", "y", *FLICKER, "--static-filter"),
+            "--static-filter says nothing in",
+        ),
         (("run", "x", "--out", "y", *FLICKER, "--no-static-filter"), "--no-static-filter says"),
         (("run", "x", "--out", "y", *FLICKER, "--split-scenes"), "of long mode"),
         (("run", "x", "--out", "y", *FLICKER, "--detectron2", "d"), "of short and long mode"),
@@ -108,8 +111,10 @@ def test_what_may_be_forbidden_may_be_demanded(
     monkeypatch.setattr("mla_study.evaluation.vbench.runs.run.run", stopped)
     monkeypatch.setenv("MLA_STUDY_VBENCH_ENV", str(vbench_places.environment(tmp_path / "env")))
     dimensions = ("--dimensions", "temporal_flickering", "imaging_quality[niqe]")
-    told = refused(capsys, "run", tmp_path, "--out", tmp_path, "--device", "cpu", *dimensions, *words)
+    told = refused(
+        capsys, "run", tmp_path, "--out", tmp_path, "--device", "cpu", *dimensions, *words
+    )
     assert "far enough" in told
     assert asked[0].static_filter is filtered
     long = asked[0].long
-    assert (None, None) == (exact, dev) if long is None else (long.exact, long.dev) == (exact, dev)
+    assert (exact, dev) == (None, None) if long is None else (long.exact, long.dev) == (exact, dev)
