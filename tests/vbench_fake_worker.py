@@ -30,9 +30,12 @@ def main() -> None:
         else:
             told = f"{scorer} {job['prompt'] if scorer == 'scene' else ''}".encode()
             digest = hashlib.sha256(told + Path(job["path"]).read_bytes()).digest()
+            # to the long mode, a video is one clip of itself
+            clip = {"path": job["path"], "part": "all", "start_s": 0.0, "stop_s": 0.75}
             print(json.dumps({
                 "event": "score", "id": job["id"], "value": digest[0] / 255, "counted": True,
                 "terms": 1 + digest[1] % 5, "frames": 6, "seconds": 0.01, "rss_mib": 10.0,
+                "more": {"clips": [clip]} if scorer == "long.split" else {},
             }))  # fmt: skip
         sys.stdout.flush()
 

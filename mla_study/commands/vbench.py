@@ -47,7 +47,8 @@ class Run:
     prompts: Path | None = None
     """CSV or JSONL with file, prompt, index (default: prompts.csv in the folder, or the names)."""
     extended: Path | None = None
-    """File of the longer prompts that the model was told, for the record."""
+    """File of the longer prompts that the model was told, for the record (default: what vbench
+    sample recorded beside the folder)."""
     model: str | None = None
     """Name of the model in tables (default: the folder's)."""
     weights: Path | None = None
@@ -97,6 +98,7 @@ class Run:
         from mla_study.evaluation.vbench import dimensions
         from mla_study.evaluation.vbench.long.configs import load_configs
         from mla_study.evaluation.vbench.needs import environment, weights
+        from mla_study.evaluation.vbench.runs.origin import seeds_text
         from mla_study.evaluation.vbench.runs.plan import Place, scorers_for
         from mla_study.evaluation.vbench.runs.run import run
         from mla_study.evaluation.vbench.runs.scoring import FLICKER, LongOptions, Request
@@ -105,6 +107,7 @@ class Run:
 
         names = [name for given in self.dimensions for name in given.replace(",", " ").split()]
         scorers = scorers_for(self.mode, names or ["all"])
+        shard = parse_shard(self.shard)
         static_filter = _either("static-filter", self.static_filter, self.no_static_filter)
         exact = _either("upstream-exact", self.upstream_exact, self.no_upstream_exact)
         dev = _either("clip-to-clip", self.clip_to_clip, self.no_clip_to_clip)
@@ -133,7 +136,6 @@ class Run:
                 detectron2, folder, installed, trust=self.trust_weights
             )
         place = Place(folder, found, detectron2, self.trust_weights)
-        shard = parse_shard(self.shard)
         devices, threads = _slots(self.device, self.workers, found)
         if self.threads is not None and self.threads < 1:
             raise UserError(f"--threads is {self.threads}, but it must be at least 1")
@@ -159,6 +161,9 @@ class Run:
         else:
             print(text_table(done.table))
         record = done.record
+        seeds, by = seeds_text(record["observed"]), record["identity"]["config"]["protocol"]
+        for line in filter(None, (seeds, f"told: {by['extended_by']}")):
+            print(line, file=sys.stderr)
         print(
             f"class {record['provenance']}, {record['validity']}, run {record['run_hash'][:12]}: "
             f"{done.folder}",

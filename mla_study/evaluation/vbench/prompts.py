@@ -117,6 +117,8 @@ def read_table(path: Path) -> dict[str, Told]:
             index = split_name(name).index
         elif not str(index).isdigit():
             raise UserError(f"{path}, row {number}: index '{index}' is no number from 0")
+        if told is not None and not isinstance(told, str):
+            raise UserError(f"{path}, row {number}: told is no text")
         if name in found:
             raise UserError(f"{path}, row {number} names {name} a second time")
         found[name] = Told(prompt, None if index is None else int(index), told or None)

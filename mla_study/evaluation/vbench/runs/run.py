@@ -16,6 +16,7 @@ from mla_study.evaluation.vbench.dimensions import SAMPLES
 from mla_study.evaluation.vbench.prompts import INFO, Entry, read_suite, text_sha256
 from mla_study.evaluation.vbench.runs import tables, videos
 from mla_study.evaluation.vbench.runs.long_run import run_long
+from mla_study.evaluation.vbench.runs.origin import origin_of
 from mla_study.evaluation.vbench.runs.plan import (
     STATIC_FILTER,
     base_of,
@@ -52,6 +53,8 @@ def run(request: Request, say: Say, progress: bool = True) -> Finished:
             there, a folder in use.
     """
     preflight(request.scorers, request.where, weights_mode(request))
+    if request.place.exists():
+        origin_of(request.place, request.prompts, request.extended)  # may contradict each other
     out = request.out if request.shard is None else request.out / shard_name(*request.shard)
     with locked(out):
         store = Scores(out)
