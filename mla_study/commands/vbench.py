@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mla_study.commands.vbench_compare import Compare
 from mla_study.commands.vbench_sample import Sample
 from mla_study.commands.vbench_weights import Doctor, FetchWeights
 from mla_study.errors import UserError, tell
@@ -98,8 +99,9 @@ class Run:
         from mla_study.evaluation.vbench import dimensions
         from mla_study.evaluation.vbench.long.configs import load_configs
         from mla_study.evaluation.vbench.needs import environment, weights
-        from mla_study.evaluation.vbench.runs.origin import seeds_text
+        from mla_study.evaluation.vbench.runs.origin import seeds_text, told_text
         from mla_study.evaluation.vbench.runs.plan import Place, scorers_for
+        from mla_study.evaluation.vbench.runs.protocol import Protocol
         from mla_study.evaluation.vbench.runs.run import run
         from mla_study.evaluation.vbench.runs.scoring import FLICKER, LongOptions, Request
         from mla_study.evaluation.vbench.runs.tables import text_table
@@ -161,8 +163,8 @@ class Run:
         else:
             print(text_table(done.table))
         record = done.record
-        seeds, by = seeds_text(record["observed"]), record["identity"]["config"]["protocol"]
-        for line in filter(None, (seeds, f"told: {by['extended_by']}")):
+        told = told_text(Protocol.read(record["identity"]["config"]))
+        for line in filter(None, (told, seeds_text(record["observed"]))):
             print(line, file=sys.stderr)
         print(
             f"class {record['provenance']}, {record['validity']}, run {record['run_hash'][:12]}: "
@@ -170,34 +172,6 @@ class Run:
             file=sys.stderr,
         )
         return _EXIT_UNFINISHED if done.failures or done.stopped else 0
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Scores of runs side by side; of two, a test by prompt. Unlike protocols are refused.
-
-    Example: mla-study vbench compare scores-dense scores-latent
-    """
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """The --out folders of vbench run."""
-    anyway: bool = False
-    """Print them although their protocols differ, with the differences on the table's face."""
-    json: bool = False
-    """Print the table as JSON."""
-
-    def run(self) -> int:
-        """Print the comparison."""
-        from mla_study.evaluation.vbench.runs.compare import compare, text
-
-        comparison = compare(self.runs, self.anyway)
-        if self.json:
-            print(comparison.table.to_json(orient="records", indent=1))
-            for sentence in comparison.unlike:
-                tell(f"unlike protocols: {sentence}")
-        else:
-            print(text(comparison))
-        return 0
 
 
 VBenchCommand = (

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from evaluation.vbench import vbench_places
-from vbench_runs import write_clip
+from vbench_runs import launch_fake, write_clip
 
 from mla_study.cli import main
 from mla_study.commands import vbench as command
 from mla_study.errors import UserError
+from mla_study.evaluation.vbench.runs import scoring
 from mla_study.evaluation.vbench.runs.scoring import Request
+from mla_study.evaluation.vbench.sampling.records import RECORD, TABLE, records_of
+from mla_study.study.runs import file_sha256
 
 FLICKER = ("--mode", "custom", "--dimensions", "temporal_flickering")
 
@@ -118,3 +122,28 @@ def test_what_may_be_forbidden_may_be_demanded(
     assert asked[0].static_filter is filtered
     long = asked[0].long
     assert (exact, dev) == (None, None) if long is None else (long.exact, long.dev) == (exact, dev)
+
+
+def test_a_run_says_what_was_told_and_from_which_seeds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    sha256 = file_sha256(write_clip(clips / "a cat-0.mp4"))
+    beside = records_of(clips)
+    beside.mkdir()
+    rows = f"prompt,told,index,seed,file,sha256\na cat,a grey cat,0,77,a cat-0.mp4,{sha256}\n"
+    (beside / TABLE).write_text(rows)
+    identity = {"inputs": {"prompts": "a" * 64, "extended": "e" * 64}, "seed": 5}
+    prompts = {"known_as": "unknown", "extended_by": "unknown"}
+    (beside / RECORD).write_text(json.dumps({"identity": identity, "prompts": prompts}))
+    monkeypatch.setattr(scoring, "launcher", launch_fake)
+    monkeypatch.setenv("MLA_STUDY_VBENCH_ENV", str(vbench_places.environment(tmp_path / "env")))
+    words = ["run", str(clips), *FLICKER, "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["vbench", *words]) == 0
+    told = capsys.readouterr().err
+    assert "told longer prompts (unknown, texts " in told
+    assert "seeds of 1 video, 77, from base seed 5" in told
+    short = tmp_path / "short.txt"
+    short.write_text("a cat\n")
+    assert "says that the model was told unknown" in refused(capsys, *words, "--extended", short)

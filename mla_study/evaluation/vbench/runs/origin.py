@@ -16,6 +16,7 @@ from typing import Any
 
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.prompts import read_table, table_beside, text_sha256, told_by
+from mla_study.evaluation.vbench.runs.protocol import Protocol, shown
 from mla_study.evaluation.vbench.runs.videos import Video
 from mla_study.evaluation.vbench.sampling.records import TABLE, Records, read_records
 from mla_study.study.runs import json_sha256
@@ -150,6 +151,14 @@ def seeds_text(observed: Mapping[str, Any]) -> str:
         f"seeds of {len(seeds)} video{'s' * (len(seeds) != 1)}, {of}, from base seed "
         f"{sampling['seed']}{lost}"
     )
+
+
+def told_text(protocol: Protocol) -> str:
+    """What the models were told, as people read it."""
+    texts = "" if protocol.told is None else f", texts {shown(protocol.told)}"
+    if protocol.extended_by == told_by(None):
+        return f"told the short prompts{texts}"
+    return f"told longer prompts ({protocol.extended_by}{texts})"
 
 
 def _who(sha256: str | None) -> str:
