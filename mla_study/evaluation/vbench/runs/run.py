@@ -80,6 +80,8 @@ def gather(request: Request, store: Scores, say: Say, progress: bool) -> list[Vi
         if count:
             say(f"{count} scores were taken over from {other}")
     found = videos.find(request.place, request.prompts)
+    if passed := videos.passed_over(request.place):
+        say(passed)
     with bar(len(found), "videos looked at", progress) as tick:
         seen, problems = videos.examine(found, store.seen, store.see, progress=lambda _: tick())
     bad = [problem for problem in problems if problem.fatal]
