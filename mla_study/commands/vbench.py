@@ -163,8 +163,9 @@ class Run:
         else:
             print(text_table(done.table))
         record = done.record
-        told = told_text(Protocol.read(record["identity"]["config"]))
-        for line in filter(None, (told, seeds_text(record["observed"]))):
+        observed = record["observed"]
+        told = told_text(Protocol.read(record["identity"]["config"]), observed)
+        for line in filter(None, (told, seeds_text(observed))):
             print(line, file=sys.stderr)
         print(
             f"class {record['provenance']}, {record['validity']}, run {record['run_hash'][:12]}: "

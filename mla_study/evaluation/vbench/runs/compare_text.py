@@ -80,21 +80,22 @@ def _labels(comparison: Comparison) -> dict[str, str]:
 
 def _run_line(run: Run) -> str:
     facts = [
-        f"{run.result.provenance}, {run.result.validity}", f"{len(run.prompts)} {_of(run)}",
-        told_text(run.protocol), seeds_text(run.observed) or "seeds not known",
+        f"{run.result.provenance}, {run.result.validity}", _prompts(run),
+        told_text(run.protocol, run.observed), seeds_text(run.observed) or "seeds not known",
         f"run {run.result.run_hash[:12]}",
     ]  # fmt: skip
     return f"{run.name}: {'; '.join(facts)}"
 
 
-def _of(run: Run) -> str:
-    """Of which prompts."""
-    protocol = run.protocol
+def _prompts(run: Run) -> str:
+    """How many, and of which file."""
+    protocol, count = run.protocol, len(run.prompts)
+    ending = "s" * (count != 1)
     if protocol.prompts is not None:
-        return f"prompts of file {shown(protocol.prompts)}"
+        return f"{count} prompt{ending} of file {shown(protocol.prompts)}"
     if protocol.sampled is not None:
-        return f"prompts, sampled from {shown(protocol.sampled)}"
-    return "clips of no known file of prompts"
+        return f"{count} prompt{ending}, sampled from {shown(protocol.sampled)}"
+    return f"{count} clip{ending} of no known file of prompts"
 
 
 def _run_entry(run: Run) -> dict[str, Any]:

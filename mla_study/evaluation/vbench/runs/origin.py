@@ -153,11 +153,16 @@ def seeds_text(observed: Mapping[str, Any]) -> str:
     )
 
 
-def told_text(protocol: Protocol) -> str:
-    """What the models were told, as people read it."""
+def told_text(protocol: Protocol, observed: Mapping[str, Any]) -> str:
+    """What the models were told, as people read it.
+
+    Args:
+        observed: of the run record. Without ``vbench sample``'s word nobody vouches for short ones.
+    """
     texts = "" if protocol.told is None else f", texts {shown(protocol.told)}"
     if protocol.extended_by == told_by(None):
-        return f"told the short prompts{texts}"
+        sure = "" if texts or observed.get("sampling") else ", as far as is known"
+        return f"told the short prompts{texts}{sure}"
     return f"told longer prompts ({protocol.extended_by}{texts})"
 
 

@@ -152,7 +152,7 @@ def test_a_score_stands_with_its_videos_validity_and_prompts(
     row = next(line for line in shown.splitlines() if line.startswith("temporal flickering"))
     assert " 2 of 10 partial " in row and " 1 of 10 partial " in row and row.endswith(", 1")
     assert (
-        "dense: measured, partial; 2 prompts of file ffffffffffff; told the short prompts; seeds"
+        "dense: measured, partial; 2 prompts of file ffffffffffff; told the short prompts, as far"
         in shown
     )
     assert "not that of the two scores" in shown
@@ -176,7 +176,7 @@ def test_clips_that_have_nothing_in_common_are_said_to(
     shown = text(compare(runs))
     assert "(here 1, there 1); none of them is in all runs, so that no difference can be" in shown
     assert (
-        "1 clips of no known file of prompts" in shown and ", p " not in shown.split("prompts\n")[1]
+        "1 clip of no known file of prompts" in shown and ", p " not in shown.split("prompts\n")[1]
     )
 
 
