@@ -42,7 +42,9 @@ def INPUTS(runs: str = "") -> dict[str, Path]:
 
 
 def lines(ours: vbench_rows.Ours) -> pd.DataFrame:
-    """Rows of drift with ``name``, ``line`` (model and length), ``validity`` and ``horizon_s``.
+    """Rows of drift with ``name``, ``line``, ``validity`` and ``horizon_s``.
+
+    A line is a model, its length where there are several, and what it rests on.
 
     Raises:
         UserError: no result has any, or one lacks a column.
@@ -63,9 +65,16 @@ def lines(ours: vbench_rows.Ours) -> pd.DataFrame:
     if rows.empty:
         raise UserError(f"no score along long videos may be shown: {vbench_rows.HOW}")
     several = rows.groupby("model")["horizon_s"].nunique().gt(1)
+    # validity is one of a scorer, and stands on its panel
+    table = vbench_rows.wide(ours.table, list(ours.table["scorer"].unique()))
+    rests = {
+        (row["result"], row["name"]): vbench_rows.about(row)
+        for row in table.assign(validity="full").to_dict("records")
+    }
     rows["line"] = [
-        f"{row['name']}, {row['horizon_s']:.3g} s" if several[row["model"]] else str(row["name"])
+        f"{row['name']}{length} ({rests[row['result'], row['name']]})"
         for row in rows.to_dict("records")
+        for length in (f", {row['horizon_s']:.3g} s" if several[row["model"]] else "",)
     ]
     place = {name: i for i, name in enumerate(_ORDER)}
     rows["order"] = [place.get(str(scorer), len(place)) for scorer in rows["scorer"]]
@@ -106,7 +115,7 @@ def draw(out_dir: str, runs: str = "") -> Figure:
             last = (len(scorers) - 1 - column) // across
             axes[last, column].set_xlabel("seconds of video")
         marks = [Line2D([], [], color=c, ls=dash, label=name) for name, (c, dash) in looks.items()]
-        figure.legend(handles=marks, loc="outside lower left", ncols=min(3, len(marks)))
+        figure.legend(handles=marks, loc="outside lower left", ncols=min(2, len(marks)))
         counts = rows["videos"].astype(float)
         told = f"{counts.min():.0f}" if counts.nunique() == 1 else f"up to {counts.max():.0f}"
         figure.suptitle(

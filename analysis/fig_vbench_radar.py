@@ -53,7 +53,7 @@ def measured(table: pd.DataFrame) -> pd.DataFrame:
     """Normalised scores of short videos, NaN where a dimension was not measured.
 
     Returns:
-        a row a model with any dimension: the 16, ``name``, ``result``, ``validity``.
+        a row a model with any dimension: the 16, and what :func:`vbench_rows.wide` tells of it.
     """
     rows = vbench_rows.wide(table[~(table["horizon_s"] >= vbench_rows.LONG)], list(DIMENSIONS))
     for name in DIMENSIONS:
@@ -101,7 +101,8 @@ def draw(out_dir: str, runs: str = "", named: str = NAMED) -> Figure:
         for i, row in enumerate(mine.to_dict("records")):
             values = np.array([float(row[name]) for name in DIMENSIONS])
             held = int(np.isfinite(values).sum())
-            label = f"{row['name']} (measured, {row['validity']}, {held} of {len(DIMENSIONS)})"
+            told = f"{vbench_rows.about(row)}; {held} of {len(DIMENSIONS)} dimensions"
+            label = f"{row['name']} (measured: {told})"
             _line(axis, values, color=_OURS[i % len(_OURS)], lw=1.3, marker="o", label=label)
         figure.legend(loc="outside lower left", fontsize=6)
         told = "Each axis (raw − low) / (high − low) with VBench's bounds: 0 centre, 1 rim"

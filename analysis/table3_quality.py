@@ -61,7 +61,7 @@ def measured(ours: vbench_rows.Ours) -> pd.DataFrame:
         ours.results[name].run["identity"]["config"].get("protocol", {}).get("size")
         for name in rows["result"]
     ]
-    source = ["measured" if v == "full" else f"measured, {v}" for v in rows["validity"]]
+    source = [f"measured: {vbench_rows.about(row)}" for row in rows.to_dict("records")]
     return rows.assign(model=rows["name"], resolution=sizes, source=source)
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.dimensions import DIMENSIONS, SUBSTITUTES
+from mla_study.evaluation.vbench.runs.tables import COMPOSITES
 from mla_study.study.runs import (
     RUN_FILE,
     Provenance,
@@ -192,7 +193,8 @@ def wide(table: pd.DataFrame, scorers: Sequence[str]) -> pd.DataFrame:
 
     Returns:
         :data:`KEYS`; for each scorer its value, ``_low`` and ``_high`` (NaN where not measured);
-        ``videos`` and ``prompts`` (the most), ``validity`` (the worst) and ``scored`` (how many).
+        ``videos`` and ``prompts`` (the most of a scorer), ``validity`` (the worst) and ``scored``
+        (how many).
     """
     parts = [f"{scorer}{end}" for scorer in scorers for end in ("", "_low", "_high")]
     made: list[dict[str, Any]] = []
@@ -203,7 +205,10 @@ def wide(table: pd.DataFrame, scorers: Sequence[str]) -> pd.DataFrame:
         for held in mine.to_dict("records"):
             for end, column in (("", "value"), ("_low", "low"), ("_high", "high")):
                 row[f"{held['scorer']}{end}"] = float(held[column])
-        row |= {"videos": mine["videos"].max(), "prompts": mine["prompts"].max()}
+        # a composite's are the sum of its parts'
+        own = mine[~mine["scorer"].isin(list(COMPOSITES))]
+        own = own if len(own) else mine
+        row |= {"videos": own["videos"].max(), "prompts": own["prompts"].max()}
         row |= {"validity": worst(mine["validity"]), "scored": len(mine)}
         made.append(row)
     columns = [*KEYS, *parts, "videos", "prompts", "validity", "scored"]
@@ -305,19 +310,36 @@ def _group(rows: pd.DataFrame) -> pd.Series[str]:
     return rows["name"] + rows["mode"] + rows["horizon_s"].astype(str)
 
 
+def about(row: Mapping[Any, Any], usual: str = "") -> str:
+    """What a row of :func:`wide` rests on: its mode and number of videos, and its validity.
+
+    Full says of a short run that it has all videos of VBench's protocol, of others only that all
+    videos that were given are scored: these are told by their number instead.
+
+    Args:
+        usual: the mode that goes without saying; of full short runs then the number does too.
+
+    >>> about({"mode": "custom", "videos": 4, "validity": "full"})
+    'custom, 4 videos'
+    """
+    if row["mode"] == usual == "short" and row["validity"] == "full":
+        return ""
+    held = row["videos"]
+    parts = [] if row["mode"] == usual else [str(row["mode"])]
+    parts += [] if pd.isna(held) else [f"{int(held)} video{'s' * (int(held) != 1)}"]
+    whole = row["validity"] == "full"
+    parts += [str(row["validity"])] * (not whole or row["mode"] == "short")
+    return ", ".join(parts)
+
+
 def titled(rows: pd.DataFrame, mode: str) -> list[str]:
-    """Names of rows of :func:`wide`, with their validity and mode where these are not the usual.
+    """Names of rows of :func:`wide`, with what they rest on as far as that is not the usual.
 
     Args:
         mode: the usual one.
     """
-    names: list[str] = []
-    for row in rows.to_dict("records"):
-        odd = [row["mode"]] * (row["mode"] != mode) + [row["validity"]] * (
-            row["validity"] != "full"
-        )
-        names.append(f"{row['name']} ({', '.join(odd)})" if odd else str(row["name"]))
-    return names
+    told = [(str(row["name"]), about(row, mode)) for row in rows.to_dict("records")]
+    return [f"{name} ({what})" if what else name for name, what in told]
 
 
 def ordinal(rank: int) -> str:

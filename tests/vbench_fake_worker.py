@@ -9,9 +9,25 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from mla_study.evaluation.vbench.worker.channel import die_with_driver
+
+
+def split(job: dict[str, Any]) -> dict[str, Any]:
+    """A video as one clip of six frames at eight a second."""
+    name = Path(job["name"]).stem
+    file = Path(job["out"]) / f"{name}_full.mp4"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(Path(job["path"]).read_bytes())
+    clip = {"path": str(file), "clip": file.stem, "part": name, "start_s": 0.0, "stop_s": 0.75}
+    return {"frames": 6, "fps": "8", "clips": [{**clip, "frames": 6}]}
 
 
 def main() -> None:
+    die_with_driver()
+    if "FAKE_PIDS" in os.environ:
+        (Path(os.environ["FAKE_PIDS"]) / str(os.getpid())).touch()
     request = json.loads(Path(sys.argv[1]).read_text())
     scorer = request["scorer"]
     if scorer == os.environ.get("FAKE_BROKEN"):
@@ -30,13 +46,17 @@ def main() -> None:
         else:
             told = f"{scorer} {job['prompt'] if scorer == 'scene' else ''}".encode()
             digest = hashlib.sha256(told + Path(job["path"]).read_bytes()).digest()
-            # to the long mode, a video is one clip of itself
-            clip = {"path": job["path"], "part": "all", "start_s": 0.0, "stop_s": 0.75}
-            print(json.dumps({
+            said = {
                 "event": "score", "id": job["id"], "value": digest[0] / 255, "counted": True,
                 "terms": 1 + digest[1] % 5, "frames": 6, "seconds": 0.01, "rss_mib": 10.0,
-                "more": {"clips": [clip]} if scorer == "long.split" else {},
-            }))  # fmt: skip
+            }  # fmt: skip
+            if Path(job["path"]).with_suffix(".short").exists():
+                said["frames"] = 3
+            if scorer == "static_filter":
+                said["value"] = int(not Path(job["path"]).with_suffix(".moves").exists())
+            if scorer == "long.split":
+                said |= {"value": 1, "more": split(job)}
+            print(json.dumps(said))
         sys.stdout.flush()
 
 

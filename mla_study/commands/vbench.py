@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from mla_study.commands.vbench_sample import Sample
 from mla_study.commands.vbench_weights import Doctor, FetchWeights
 from mla_study.errors import UserError, tell
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _EXIT_INTERRUPTED, _EXIT_UNFINISHED = 130, 2
 _MODES = {
     "static-filter": ("short", "long"), "detectron2": ("short", "long"),
@@ -162,6 +164,8 @@ class Run:
             print(done.table.to_json(orient="records", indent=1))
         else:
             print(text_table(done.table))
+        if odd := done.odd():
+            tell(odd)
         record = done.record
         observed = record["observed"]
         told = told_text(Protocol.read(record["identity"]["config"]), observed)
@@ -234,10 +238,12 @@ def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, 
     """Devices, one a process, and threads of each.
 
     Raises:
-        UserError: fewer than one worker, or a GPU that is not there.
+        UserError: no device, fewer than one worker, or a GPU that is not there.
     """
     from mla_study.evaluation.vbench.needs import environment
 
+    if not _DEVICE.fullmatch(device):
+        raise UserError(f"--device is '{device}': give auto, cpu, cuda, or cuda:1 and so on")
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, but it must be at least 1")
     cores = len(os.sched_getaffinity(0))
@@ -246,6 +252,8 @@ def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, 
         gpus = environment.gpus(found)
     if device.startswith("cuda") and not gpus:
         raise UserError(f"--device {device}, but VBench's PyTorch sees no GPU: give cpu or auto")
+    if ":" in device and int(device.partition(":")[2]) >= gpus:
+        raise UserError(f"--device {device}, but VBench's PyTorch sees {gpus} GPUs, from cuda:0 on")
     if device == "cpu" or not gpus:
         count = workers or cores
         return ("cpu",) * count, max(1, cores // count)

@@ -124,7 +124,9 @@ def test_table2_sets_measured_rows_below(drawn: Drawn, study: Path, tmp_path: Pa
     text = said(drawn(table2_long_horizon, study))
     assert "paper-quoted + measured" in text
     table = pd.read_csv(tmp_path / "table2_long_horizon.csv")
-    assert table["model"].tolist()[20:] == ["dense", "latent"]  # stand-ins make no row here
+    assert table["model"].tolist()[20:] == [  # stand-ins make no row here
+        "dense (10 videos)", "latent (10 videos)",
+    ]  # fmt: skip
     row = table.iloc[20]
     np.testing.assert_allclose(row["mean"], 0.85)
     np.testing.assert_allclose([row["low"], row["high"]], [0.83, 0.87])
@@ -152,8 +154,8 @@ def test_only_full_results_of_the_long_mode_are_ranked() -> None:
             rows.assign(result="r", name="m"), paper
         ).to_dict("records")  # fmt: skip
         assert (None if pd.isna(row["rank"]) else row["rank"]) == rank
-        told = change.get("validity") or (change.get("mode"))
-        assert row["model"] == (f"m ({told})" if told else "m")
+        told = [change.get("mode"), "10 videos", change.get("validity")]
+        assert row["model"] == f"m ({', '.join(str(word) for word in told if word)})"
 
 
 def test_user_study_overall_is_the_mean_of_three() -> None:
@@ -284,7 +286,7 @@ def test_only_full_measured_rows_are_ranked() -> None:
         for i, (name, validity) in enumerate((("a", "full"), ("b", "full"), ("c", "partial")))
     ]
     rows = table5_vbench.measured(pd.concat(parts, ignore_index=True))
-    assert rows["model"].tolist() == ["a", "b", "c (partial)"]
+    assert rows["model"].tolist() == ["a", "b", "c (10 videos, partial)"]
     assert rows["rank_own"].tolist()[:2] == [2, 1] and pd.isna(rows["rank_own"].iloc[2])
     assert table5_vbench.measured(parts[0])["rank_own"].isna().all()  # alone
 
@@ -301,13 +303,31 @@ def test_radar_normalises_by_vbench_bounds(drawn: Drawn, study: Path) -> None:
     np.testing.assert_allclose(found["appearance_style"], (0.1962 - 0.0009) / (0.2855 - 0.0009))
     figure = drawn(fig_vbench_radar, study, named="Gen-3")
     text = said(figure)
-    assert "latent (measured, full, 16 of 16)" in text and "Gen-3 (quoted)" in text
+    assert (
+        "latent (measured: short, 10 videos, full; 16 of 16 dimensions)" in text
+        and "Gen-3 (quoted)" in text
+    )
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     np.testing.assert_allclose(
-        lines["latent (measured, full, 16 of 16)"].get_ydata()[:16], 0.53 + 0.02 * np.arange(16)
+        lines["latent (measured: short, 10 videos, full; 16 of 16 dimensions)"].get_ydata()[:16],
+        0.53 + 0.02 * np.arange(16),
     )
     with pytest.raises(UserError, match="no row 'Sora'"):
         drawn(fig_vbench_radar, study, named="Sora")
+
+
+def test_a_few_clips_of_ones_own_are_told_as_such_beside_the_leaderboard(
+    drawn: Drawn, alone: Path, tmp_path: Path
+) -> None:
+    values = {name: made_up.raw()[name] for name in ("temporal_flickering", "imaging_quality")}
+    rows = [made_up.row("mine", *pair, mode="custom", videos=4) for pair in values.items()]
+    runs = str(made_up.write(tmp_path / "few", rows))
+    text = said(drawn(fig_vbench_radar, alone, runs=runs))
+    assert "mine (measured: custom, 4 videos; 2 of 16 dimensions)" in text
+    found = vbench_rows.wide(vbench_rows.read(runs, alone).table, list(values))
+    assert vbench_rows.titled(found, "short") == ["mine (custom, 4 videos)"]
+    long = found.assign(mode="long", validity="partial")
+    assert vbench_rows.titled(long, "long") == ["mine (4 videos, partial)"]
 
 
 def test_drift_names_stand_ins_and_lengths(drawn: Drawn, study: Path) -> None:
@@ -315,7 +335,8 @@ def test_drift_names_stand_ins_and_lengths(drawn: Drawn, study: Path) -> None:
     text = said(figure)
     for told in (
         "dynamic degree,\nstand-in RAFT-small", "temporal flickering (partial)",
-        "stand-in NIQE, lower is better", "miniature latent, 150 s", "measured · substitute",
+        "stand-in NIQE, lower is better", "miniature latent, 150 s (custom, 10 videos)",
+        "measured · substitute",
     ):  # fmt: skip
         assert told in text
     (panel,) = [a for a in figure.axes if a.get_title("left").startswith("motion smoothness,")]

@@ -12,12 +12,14 @@ from vbench_runs import launch_fake, write_clip
 from mla_study.cli import main
 from mla_study.commands import vbench as command
 from mla_study.errors import UserError
+from mla_study.evaluation.vbench.needs import environment
 from mla_study.evaluation.vbench.runs import scoring
 from mla_study.evaluation.vbench.runs.scoring import Request
 from mla_study.evaluation.vbench.sampling.records import RECORD, TABLE, records_of
 from mla_study.study.runs import file_sha256
 
 FLICKER = ("--mode", "custom", "--dimensions", "temporal_flickering")
+NIQE = ("--mode", "custom", "--dimensions", "imaging_quality[niqe]")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
@@ -42,10 +44,11 @@ def test_missing_weights_are_named_before_anything_is_scored(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLA_STUDY_ASSETS", raising=False)
-    write_clip(tmp_path / "a.mp4")
+    (tmp_path / "clips").mkdir()
+    write_clip(tmp_path / "clips" / "a.mp4")
     told = refused(
-        capsys, "run", tmp_path, "--mode", "custom", "--dimensions", "imaging_quality[niqe]",
-        "--out", tmp_path / "out", "--weights", tmp_path / "weights", "--device", "cpu",
+        capsys, "run", tmp_path / "clips", *NIQE, "--out", tmp_path / "out",
+        "--weights", tmp_path / "weights", "--device", "cpu",
     )  # fmt: skip
     assert "niqe_image_params.mat" in told and "vbench doctor" in told
     assert not (tmp_path / "out" / "run.json").exists()
@@ -73,12 +76,38 @@ def test_missing_weights_are_named_before_anything_is_scored(
             ("run", "x", "--out", "y", "--static-filter", "--dimensions", "scene"),
             "is not among --dimensions",
         ),
+        (
+            ("run", "x", "--out", "y", *NIQE, "--device", "banana"),
+            "--device is 'banana': give auto",
+        ),
+        (("run", "x", "--out", "y", *NIQE, "--device", "cuda:"), "give auto, cpu, cuda, or cuda:1"),
+        (("run", "x", "--out", "y", *NIQE, "--device", "cuda:1"), "sees no GPU"),
     ],
 )
 def test_wrong_words_are_told(
     capsys: pytest.CaptureFixture[str], words: tuple[str, ...], says: str
 ) -> None:
     assert says in refused(capsys, *words)
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = environment.Environment(Path(), Path("python"), {})
+    monkeypatch.setattr(environment, "gpus", lambda _: 2)
+    devices, _ = command._slots("cuda:1", 2, found)  # pyright: ignore[reportPrivateUsage]
+    assert devices == ("cuda:1", "cuda:1")
+    with pytest.raises(UserError, match=r"sees 2 GPUs, from cuda:0 on"):
+        command._slots("cuda:2", None, found)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("out", [".", "scores", "../clips/scores/deep"])
+def test_results_do_not_go_into_the_folder_of_videos(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, out: str
+) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    write_clip(clips / "a.mp4")
+    told = refused(capsys, "run", clips, *NIQE, "--out", clips / out, "--device", "cpu")
+    assert "the videos' own folder" in told and [file.name for file in clips.iterdir()] == ["a.mp4"]
 
 
 def test_processes_share_the_cores() -> None:

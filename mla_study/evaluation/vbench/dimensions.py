@@ -105,6 +105,11 @@ EXTRAS = ("clip_t", "clip_f", "hpsv3")
 SCORERS = (*DIMENSIONS, *SUBSTITUTES, *EXTRAS)
 NATIVE = ("imaging_quality[niqe]", "motion_smoothness[rife]", *EXTRAS)
 """Scorers that run in our environment; the others run in VBench's."""
+READ_WHOLE = (
+    "subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness",
+    "aesthetic_quality", "imaging_quality", "appearance_style", "static_filter", "clip_t", "clip_f",
+)  # fmt: skip
+"""Scorers that look at every frame, and report how many they got; the others look at some."""
 PROMPTED = ("clip_t", "hpsv3")
 """Extras that compare a video with its prompt, whatever prompt it is."""
 

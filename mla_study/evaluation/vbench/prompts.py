@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -30,7 +31,9 @@ KNOWN = {
 INFO = "VBench_full_info.json"
 TABLES = ("prompts.csv", "prompts.jsonl")
 """What a folder's own table of prompts may be called."""
-_INDEXED = re.compile(r"^(.*)-(\d+)$", re.DOTALL)
+QUOTED = 'a prompt that holds a comma must stand in "quotation marks"'
+SURPLUS = "more cells than columns"
+_INDEXED = re.compile(r"^(.*)-(\d{1,9})$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ def read_table(path: Path) -> dict[str, Told]:
     """A table of prompts: name of a file -> what is known of it.
 
     Raises:
-        UserError: unreadable, a row without file or prompt, an index that is no number, a file
-            twice; the row is named.
+        UserError: unreadable, a row without file or prompt or with more cells than columns, an
+            index that is no number, a file or a prompt with the same index twice; the row is named.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -106,25 +109,49 @@ def read_table(path: Path) -> dict[str, Told]:
                 raise UserError(f"{path}, line {number} is no object with file and prompt")
             rows += [row] if row is not None else []
     else:
-        rows = list(csv.DictReader(text.splitlines()))
+        try:
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey=SURPLUS))
+        except csv.Error as error:
+            raise UserError(f"{path} cannot be read as a table of prompts: {error}") from None
     found: dict[str, Told] = {}
+    places: dict[tuple[str, int], str] = {}
     for number, row in enumerate(rows, 1):
         name, prompt = row.get("file"), row.get("prompt")
         if not name or not isinstance(name, str) or not isinstance(prompt, str):
             raise UserError(f"{path}, row {number} lacks file or prompt: give both columns")
-        index, told = row.get("index"), row.get("told")
-        if index in (None, ""):
-            index = split_name(name).index
-        elif not str(index).isdigit():
-            raise UserError(f"{path}, row {number}: index '{index}' is no number from 0")
-        if told is not None and not isinstance(told, str):
+        if row.get("told") is not None and not isinstance(row["told"], str):
             raise UserError(f"{path}, row {number}: told is no text")
+        if row.get(SURPLUS):
+            raise UserError(
+                f"{path}, row {number} ({name}) has more cells than there are columns: {QUOTED}"
+            )
+        if not prompt.strip():
+            raise UserError(
+                f"{path}, row {number} ({name}) has an empty prompt: give it, or no row"
+            )
         if name in found:
             raise UserError(f"{path}, row {number} names {name} a second time")
-        found[name] = Told(prompt, None if index is None else int(index), told or None)
+        index, told = _index(row.get("index"), name, f"{path}, row {number}"), row.get("told")
+        first = places.setdefault((prompt, index or 0), name)
+        if first != name:
+            raise UserError(
+                f"{path}, row {number}: {name} is video {index or 0} of its prompt, as {first} is: "
+                "give each another index"
+            )
+        found[name] = Told(prompt, index, told or None)
     if not found:
         raise UserError(f"{path} holds no row with the columns file and prompt")
     return found
+
+
+def _index(given: object, name: str, where: str) -> int | None:
+    """A row's index; without one, that of the file's name."""
+    if given in (None, ""):
+        return split_name(name).index
+    text = str(given)
+    if not text.isdecimal() or len(text) > 9:
+        raise UserError(f"{where}: index '{text}' is no number from 0 ({QUOTED})")
+    return int(text)
 
 
 def table_beside(folder: Path) -> Path | None:

@@ -122,7 +122,10 @@ class Drive:
             self.stopped.setdefault(scorer, reason)
 
     def _serve(self, scorer: str, device: str) -> None:
-        """One worker, from its start to the end of the jobs or its own."""
+        """One worker, from its start to the end of the jobs or its own.
+
+        It ends with the thread that started it, hence with this process too.
+        """
         launch = self.launch(scorer, device)
         name = f"{scorer.replace('[', '-').rstrip(']')}-{device.replace(':', '')}"
         self.logs.mkdir(parents=True, exist_ok=True)

@@ -8,17 +8,23 @@ the same clips stand beside each other (table ``averages``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mla_study.errors import UserError
-from mla_study.evaluation.vbench.dimensions import SUBSTITUTES
 from mla_study.evaluation.vbench.long import averages as long
 from mla_study.evaluation.vbench.long.configs import TABLES
 from mla_study.evaluation.vbench.prompts import Entry
-from mla_study.evaluation.vbench.runs import tables, videos
+from mla_study.evaluation.vbench.runs import counts, tables, videos
 from mla_study.evaluation.vbench.runs.drive import Job
+from mla_study.evaluation.vbench.runs.long_tables import (
+    Clip,
+    averages,
+    clip_table,
+    drift_table,
+    video_rows,
+)
 from mla_study.evaluation.vbench.runs.plan import (
     STATIC_FILTER,
     Question,
@@ -26,17 +32,22 @@ from mla_study.evaluation.vbench.runs.plan import (
     make_plan,
     subjects,
     version_of,
+    wanted_videos,
 )
 from mla_study.evaluation.vbench.runs.scoring import (
     FLICKER,
+    LISTED,
     Finished,
+    Gathered,
     LongOptions,
     Request,
     Say,
+    all_given,
     answer,
+    incomplete,
     kept,
     protocol_of,
-    save_problems,
+    unscored,
     weights_mode,
     write,
 )
@@ -49,26 +60,21 @@ if TYPE_CHECKING:
 
     from mla_study.evaluation.vbench.prompts import Entry
 SPLIT, FIRST_FRAMES, CLIP_TO_CLIP = "long.split", "long.first_frames", "long.clip2clip"
+SAID = 8
+"""Notes on videos that are printed; all are kept."""
 CLIPS = "clips"
 """Folder of a run's clips; the user's own folder is only read."""
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A clip as a video of its own, and where in which video it lies."""
-
-    video: Video
-    source: Video
-    part: str
-    start_s: float
-    stop_s: float
-
-
 def run_long(
-    request: Request, seen: Sequence[Video], suite: Mapping[str, Entry], suite_hash: str | None,
-    store: Scores, say: Say, progress: bool,
+    request: Request, given: Gathered, seen: Sequence[Video], suite: Mapping[str, Entry],
+    suite_hash: str | None, store: Scores, say: Say, progress: bool,
 ) -> Finished:  # fmt: skip
-    """Cut, score and average; see :func:`run.run`."""
+    """Cut, score and average; see :func:`run.run`.
+
+    Args:
+        given: all videos. seen: those of this shard.
+    """
     options = request.long
     assert options is not None
     standard = all(video.prompt in suite for video in seen)
@@ -86,15 +92,20 @@ def run_long(
         }
         for scorer in scorers
     }
-    for scorer, mine in lengths.items():
-        for video in asked[scorer]:
-            for note in long.notes_of(
-                video.name, video.frames, video.rate, mine[video.name], options.exact
-            ):
-                say(note)
-        break
-    wanted = {pair for mine in lengths.values() for pair in mine.items()}
-    clips, failures = _split(request, seen, wanted, store, say, progress)
+    wanted = {
+        scorer: wanted_videos(scorer, suite if standard else {}, "long") for scorer in scorers
+    }
+    why = {
+        scorer: [*incomplete(request, given, scorer, asked[scorer], wanted[scorer]),
+                 *_short(asked[scorer])]
+        for scorer in scorers
+    }  # fmt: skip
+    problems = [*given.problems, *_notes(lengths, asked, options.exact, say)]
+    if standard and suite:
+        every = {prompt: n for mine in wanted.values() for prompt, n in mine.items()}
+        problems += counts.absent(given.videos, every, suite)
+    pairs_wanted = {pair for mine in lengths.values() for pair in mine.items()}
+    clips, failures = _split(request, seen, pairs_wanted, store, say, progress)
     of_scorer = {
         scorer: [clip for video in asked[scorer]
                  for clip in clips.get((video.name, lengths[scorer][video.name]), ())]
@@ -107,16 +118,22 @@ def run_long(
     stopped, more = answer(plan.questions, request, store, say, progress)
     failures += more
     held = kept(plan.questions, store)
-    static = _static(request, of_scorer, suite, store, say, progress)
+    for scorer in scorers:
+        scored = sum(question.scorer == scorer for question, _ in held)
+        why[scorer] += unscored(len(of_scorer[scorer]) - scored, "clip")
+    static, more = _static(request, of_scorer, suite, store, say, progress)
+    failures += more
     pairs, more = _clip_to_clip(request, of_scorer, plan.weights, store, say, progress)
     failures += more
     table = clip_table(held, of_scorer, static)
     found = averages(table, pairs, options, standard, static is not None)
     best: Validity = "invalid" if plan.random else "full"
-    shown = _video_rows(found[options.exact], table, seen)
-    counts: dict[str, int | None] = {scorer: len(asked[scorer]) for scorer in scorers}
-    scored = tables.score_table(
-        shown, scorers, counts, model=request.model, mode=request.mode, validity=best
+    shown = video_rows(found[options.exact], table, seen)
+    count: dict[str, int | None] = {
+        scorer: sum(wanted[scorer].values()) or all_given(given, scorer) for scorer in scorers
+    }
+    table_ = tables.score_table(
+        shown, scorers, count, model=request.model, mode=request.mode, validity=best, why=why
     )
     protocol = replace(
         protocol_of(request, seen, suite_hash if standard else None, plan, held),
@@ -127,15 +144,44 @@ def run_long(
     )  # fmt: skip
     for note in dict.fromkeys(note for result in found.values() for note in result.notes):
         say(note)
+        problems.append(Problem("averages", note, False))
     frames = {
-        "table": scored, "videos": shown, "clips": table, "averages": long.side_by_side(found),
-        "drift": drift_table(table, request.model, plan.random),
+        "table": table_, "videos": shown, "clips": table, "averages": long.side_by_side(found),
+        "drift": drift_table(table, request.model, table_),
     }  # fmt: skip
     if frames["drift"].empty:
         del frames["drift"]
-    save_problems(request.out / "problems.csv", failures)
-    record = write(request, frames, seen, protocol, plan.random)
-    return Finished(scored, shown, record, request.out, failures, stopped)
+    problems += failures
+    record = write(request, frames, seen, protocol, plan.random, problems)
+    return Finished(table_, shown, record, request.out, failures, stopped, problems)
+
+
+def _short(mine: Sequence[Video]) -> list[str]:
+    """A clause on videos that are too short for the long mode; none where there are none."""
+    short = sum(video.seconds < long.SHORTEST for video in mine)
+    if not short:
+        return []
+    last = "videos last" if len(mine) > 1 else "video lasts"
+    return [f"{short} of {len(mine)} {last} less than the {long.SHORTEST:g} s of a long video"]
+
+
+def _notes(
+    lengths: Mapping[str, Mapping[str, float]], asked: Mapping[str, Sequence[Video]], exact: bool,
+    say: Say,
+) -> list[Problem]:  # fmt: skip
+    """What is odd about videos in long mode, each said once."""
+    found: dict[str, Problem] = {}
+    for scorer, mine in lengths.items():
+        for video in asked[scorer]:
+            seconds = mine[video.name]
+            for note in long.notes_of(video.name, video.frames, video.rate, seconds, exact):
+                what = note.removeprefix(f"{video.name} ")
+                found.setdefault(note, Problem(video.name, what, False))
+    for note in [*found][:SAID]:
+        say(note)
+    if len(found) > SAID:
+        say(f"{len(found) - SAID} more notes on videos stand in {LISTED}")
+    return list(found.values())
 
 
 def _seconds(options: LongOptions, scorer: str, entry: Entry | None, standard: bool) -> float:
@@ -204,14 +250,15 @@ def _clips_of(source: Video, scored: Scored, store: Scores) -> list[Clip]:
 def _static(
     request: Request, of_scorer: Mapping[str, Sequence[Clip]], suite: Mapping[str, Entry],
     store: Scores, say: Say, progress: bool,
-) -> dict[str, bool] | None:  # fmt: skip
-    """Which clips are static, by content; None where nobody asked."""
+) -> tuple[dict[str, bool] | None, list[Problem]]:  # fmt: skip
+    """Which clips are static, by content (None where nobody asked), and those that failed."""
     if not request.static_filter or FLICKER not in of_scorer:
-        return None
+        return None, []
     asked = {STATIC_FILTER: [clip.video for clip in of_scorer[FLICKER]]}
     plan = make_plan([STATIC_FILTER], asked, suite, request.where)
-    answer(plan.questions, request, store, say, progress)
-    return {q.video.sha256: found.value >= 0.5 for q, found in kept(plan.questions, store)}
+    _, failures = answer(plan.questions, request, store, say, progress)
+    judged = kept(plan.questions, store)
+    return {q.video.sha256: found.value >= 0.5 for q, found in judged}, failures
 
 
 def _clip_to_clip(
@@ -266,84 +313,3 @@ def _clip_to_clip(
     return pd.DataFrame(
         rows, columns=["video", "part", "dimension", "value", "extractor"]
     ), failures
-
-
-def clip_table(
-    held: Sequence[tuple[Question, Scored]], of_scorer: Mapping[str, Sequence[Clip]],
-    static: Mapping[str, bool] | None,
-) -> pd.DataFrame:  # fmt: skip
-    """A row a clip and scorer: video, prompt, index, clip, start_s, stop_s, dimension, value."""
-    import pandas as pd
-
-    places = {
-        (scorer, clip.video.path): clip for scorer, mine in of_scorer.items() for clip in mine
-    }
-    rows = list[dict[str, Any]]()
-    for asked, found in held:
-        clip = places[asked.scorer, asked.video.path]
-        if not found.counted:
-            continue
-        rows.append(
-            {
-                "video": clip.source.name, "prompt": clip.source.prompt,
-                "index": clip.source.index, "clip": asked.video.path.stem,
-                "start_s": clip.start_s, "stop_s": clip.stop_s, "dimension": asked.scorer,
-                "value": found.value, "terms": found.terms, "frames": found.frames,
-                "static": static is None or static.get(asked.video.sha256, False),
-            }
-        )  # fmt: skip
-    table = pd.DataFrame(
-        rows, columns=["video", "prompt", "index", "clip", "start_s", "stop_s", "dimension",
-                       "value", "terms", "frames", "static"],
-    )  # fmt: skip
-    table["index"] = table["index"].astype("Int64")
-    return table
-
-
-def averages(
-    clips: pd.DataFrame, pairs: pd.DataFrame, options: LongOptions, standard: bool, static: bool
-) -> dict[bool, long.LongScores]:
-    """Upstream's average (True) and the corrected one (False) of the same clips."""
-    return {
-        exact: long.long_scores(
-            clips, pairs, options.configs, exact, dev=options.dev, standard=standard, static=static
-        )
-        for exact in (True, False)
-    }
-
-
-def _video_rows(found: long.LongScores, clips: pd.DataFrame, seen: Sequence[Video]) -> pd.DataFrame:
-    """What the average is over, in the columns of :func:`tables.video_table`."""
-    import pandas as pd
-
-    by_name = {video.name: video for video in seen}
-    frames = clips.groupby(["video", "dimension"])["frames"].sum()
-    rows = [
-        {
-            "video": row["video"], "sha256": by_name[row["video"]].sha256,
-            "prompt": by_name[row["video"]].prompt, "index": by_name[row["video"]].index,
-            "scorer": row["dimension"], "value": row["value"], "terms": 1.0, "counted": True,
-            "frames": int(frames[row["video"], row["dimension"]]),
-            "video_s": by_name[row["video"]].seconds, "clip": row["clip"],
-            "in_clip": row["in_clip"], "clip_to_clip": row["clip_to_clip"],
-            "mapped": row["mapped"],
-        }
-        for row in found.videos.to_dict("records")
-    ]  # fmt: skip
-    table = pd.DataFrame(rows)
-    if len(table):
-        table["index"] = table["index"].astype("Int64")
-    return table
-
-
-def drift_table(clips: pd.DataFrame, model: str, random: bool) -> pd.DataFrame:
-    """:func:`long.drift` with the model's name: model, scorer, second, value, low, high, videos."""
-    drift = long.drift(clips).rename(
-        columns={"dimension": "scorer", "seconds": "second", "mean": "value"}
-    )
-    drift.insert(0, "model", model)
-    worth = [
-        "invalid" if random else "substitute" if scorer in SUBSTITUTES else "full"
-        for scorer in drift["scorer"]
-    ]
-    return drift.assign(validity=worth)

@@ -92,8 +92,7 @@ def subjects(
     """The videos that a scorer looks at: those of its prompts, or in custom mode all."""
     wanted = base_of(scorer)
     if mode == "custom" or wanted not in DIMENSIONS or not suite:
-        needs = scorer in EXTRAS and not is_free(scorer)
-        return [video for video in videos if video.prompt is not None or not needs]
+        return [video for video in videos if video.prompt is not None or takes_any(scorer)]
     return [
         video
         for video in videos
@@ -101,17 +100,21 @@ def subjects(
     ]
 
 
-def wanted_videos(
-    scorer: str, suite: Mapping[str, Entry], filtered: bool = False
-) -> dict[str, int]:
-    """Prompt -> number of videos that the protocol wants for a scorer.
+def takes_any(scorer: str) -> bool:
+    """Whether it looks at a video of unknown prompt too, where there is no suite."""
+    return scorer not in EXTRAS or is_free(scorer)
 
-    Args:
-        filtered: count the videos before the static filter, of the dimension that has one.
+
+def wanted_videos(scorer: str, suite: Mapping[str, Entry], mode: Mode = "short") -> dict[str, int]:
+    """Prompt -> number of videos that the protocol wants for a scorer; nothing for extras.
+
+    Of temporal flickering these are the videos before its static filter. The long mode filters
+    clips, and wants as many videos as of any dimension.
     """
     dimension = base_of(scorer)
-    known = DIMENSIONS.get(dimension)
-    count = known.samples if known and filtered else SAMPLES
+    if dimension not in DIMENSIONS:
+        return {}
+    count = SAMPLES if mode == "long" else DIMENSIONS[dimension].samples
     return {prompt: count for prompt, entry in suite.items() if dimension in entry.dimensions}
 
 

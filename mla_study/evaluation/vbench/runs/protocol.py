@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 LABELS = {
@@ -137,10 +138,13 @@ def shown(value: object) -> str:
 
 
 def spread(values: Iterable[str]) -> str:
-    """The one value that all have, or "mixed" with the first and the last of the sorted ones.
+    """The one value that all have, or "mixed" with the least and the greatest.
 
-    >>> spread(["16", "16"]), spread(["16", "24"])
-    ('16', 'mixed (16 to 24)')
+    Args:
+        values: numbers, fractions, or sizes such as 832x480.
+
+    >>> spread(["16", "16"]), spread(["30", "30000/1001", "9"])
+    ('16', 'mixed (9 to 30)')
     """
-    unique = sorted(set(values), key=lambda text: (len(text), text))
+    unique = sorted(set(values), key=lambda text: [Fraction(part) for part in text.split("x")])
     return unique[0] if len(unique) == 1 else f"mixed ({unique[0]} to {unique[-1]})"

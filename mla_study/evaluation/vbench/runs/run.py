@@ -14,12 +14,11 @@ from pathlib import Path
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.dimensions import SAMPLES
 from mla_study.evaluation.vbench.prompts import INFO, Entry, read_suite, text_sha256
-from mla_study.evaluation.vbench.runs import tables, videos
+from mla_study.evaluation.vbench.runs import counts, tables, videos
 from mla_study.evaluation.vbench.runs.long_run import run_long
 from mla_study.evaluation.vbench.runs.origin import origin_of
 from mla_study.evaluation.vbench.runs.plan import (
     STATIC_FILTER,
-    base_of,
     make_plan,
     preflight,
     subjects,
@@ -27,14 +26,19 @@ from mla_study.evaluation.vbench.runs.plan import (
 )
 from mla_study.evaluation.vbench.runs.scoring import (
     FLICKER,
+    LISTED,
     Finished,
+    Gathered,
     Request,
     Say,
+    all_given,
     answer,
     bar,
+    incomplete,
     kept,
     protocol_of,
     save_problems,
+    unscored,
     weights_mode,
     write,
 )
@@ -42,6 +46,7 @@ from mla_study.evaluation.vbench.runs.store import Scores, locked
 from mla_study.evaluation.vbench.runs.videos import Problem, Video
 from mla_study.study.runs import Validity
 
+UNFILTERED = "moving videos were not left out, as the protocol demands"
 _SHARD = re.compile(r"shard-\d+-of-\d+")
 
 
@@ -50,8 +55,14 @@ def run(request: Request, say: Say, progress: bool = True) -> Finished:
 
     Raises:
         UserError: no videos, a bad one (all are named in ``problems.csv``), weights that are not
-            there, a folder in use.
+            there, a folder in use or within that of the videos.
     """
+    place, whole = request.place.resolve(), request.out.resolve()
+    if place == whole or place in whole.parents:
+        raise UserError(
+            f"--out {request.out} lies in the videos' own folder {request.place}, which is only "
+            "read: give one outside"
+        )
     preflight(request.scorers, request.where, weights_mode(request))
     if request.place.exists():
         origin_of(request.place, request.prompts, request.extended)  # may contradict each other
@@ -69,8 +80,8 @@ def shard_name(index: int, count: int) -> str:
     return f"shard-{index}-of-{count}"
 
 
-def gather(request: Request, store: Scores, say: Say, progress: bool) -> list[Video]:
-    """The videos that can be scored, after the table of what is wrong has been written.
+def gather(request: Request, store: Scores, say: Say, progress: bool) -> Gathered:
+    """The videos, after the table of what is wrong has been written.
 
     Raises:
         UserError: none, or bad ones without ``skip_bad``.
@@ -84,8 +95,13 @@ def gather(request: Request, store: Scores, say: Say, progress: bool) -> list[Vi
         say(passed)
     with bar(len(found), "videos looked at", progress) as tick:
         seen, problems = videos.examine(found, store.seen, store.see, progress=lambda _: tick())
+    untold = sum(told is None for told in found.values())
+    if untold:
+        what = f"tells nothing of {untold} of the {len(found)} videos: they have no prompt"
+        table = request.prompts or videos.table_beside(request.place)
+        problems.append(Problem(table.name if table else "", what, False))
     bad = [problem for problem in problems if problem.fatal]
-    listed = request.out / "problems.csv"
+    listed = request.out / LISTED
     save_problems(listed, problems)
     if bad and not request.skip_bad:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -95,7 +111,10 @@ def gather(request: Request, store: Scores, say: Say, progress: bool) -> list[Vi
         )
     if not seen:
         raise UserError(f"{request.place} holds no video that can be scored: see {listed}")
-    return seen
+    if bad:
+        say(f"{len(bad)} of {len(found)} videos are skipped: {listed}")
+    good = {video.path for video in seen}
+    return Gathered(seen, [told for path, told in found.items() if path not in good], problems)
 
 
 def shards_in(out: Path) -> list[Path]:
@@ -114,12 +133,19 @@ def suite_of(request: Request) -> tuple[dict[str, Entry], str | None]:
 
 
 def _run(request: Request, store: Scores, say: Say, progress: bool) -> Finished:
-    seen = gather(request, store, say, progress)
+    given = gather(request, store, say, progress)
     suite, suite_hash = suite_of(request)
-    mine = seen if request.shard is None else seen[request.shard[0] :: request.shard[1]]
+    if suite:
+        seen, doubles = counts.without_doubles(given.videos)
+        given = replace(given, videos=seen, problems=[*given.problems, *doubles])
+    seen, shard = given.videos, request.shard
+    mine = seen if shard is None else seen[shard[0] :: shard[1]]
     if request.long is not None:
-        return run_long(request, mine, suite, suite_hash, store, say, progress)
+        return run_long(request, given, mine, suite, suite_hash, store, say, progress)
+    wanted = {name: wanted_videos(name, suite) for name in request.scorers}
     asked = {name: subjects(name, request.mode, mine, suite) for name in request.scorers}
+    for name, has in asked.items():
+        asked[name] = counts.taken(has, wanted[name]) if wanted[name] else has
     nothing = [name for name, has in asked.items() if not has]
     if len(nothing) == len(asked):
         raise UserError(
@@ -128,71 +154,89 @@ def _run(request: Request, store: Scores, say: Say, progress: bool) -> Finished:
         )
     problems = [Problem(n, "no video of its prompts: left out", False) for n in nothing]
     scorers = [name for name in request.scorers if asked[name]]
-    filtered = _static(request, asked, suite, store, say, progress)
-    lacking = _lacking(seen, suite, scorers, filtered)
+    why = {name: incomplete(request, given, name, asked[name], wanted[name]) for name in scorers}
+    lacking = _lacking(seen, suite, [wanted[name] for name in scorers])
+    filtered, failures = _static(request, asked, suite, why, store, say, progress)
     plan = make_plan(scorers, asked, suite, request.where, weights_mode(request))
-    stopped, failures = answer(plan.questions, request, store, say, progress)
+    stopped, more = answer(plan.questions, request, store, say, progress)
+    failures += more
     answered = kept(plan.questions, store)
     protocol = replace(
         protocol_of(request, seen, suite_hash, plan, answered), static_filter=filtered
     )
-    wanted = {name: len(asked[name]) for name in scorers}
-    for name in scorers if suite else ():
-        complete = base_of(name) == FLICKER and filtered and not lacking
-        # of a complete set the filter may leave fewer
-        wanted[name] = wanted[name] if complete else sum(wanted_videos(name, suite).values())
-    folder = request.out
+    count = dict[str, int | None]()
+    for name in scorers:
+        scored = sum(question.scorer == name for question, _ in answered)
+        why[name] += unscored(len(asked[name]) - scored, "video")
+        count[name] = sum(wanted[name].values()) or all_given(given, name)
+        if name == FLICKER and filtered:
+            # of a complete set the filter may leave fewer
+            count[name] = SAMPLES * len(wanted[name]) if why[name] else len(asked[name])
     shown = tables.video_table(answered)
     best: Validity = "invalid" if plan.random else "full"
     table = tables.score_table(
-        shown, scorers, wanted, model=request.model, mode=request.mode, validity=best
+        shown, scorers, count, model=request.model, mode=request.mode, validity=best, why=why
     )
-    save_problems(folder / "problems.csv", [*problems, *lacking, *failures])
-    if lacking:
-        say(f"{len(lacking)} prompts or names lack something: {folder / 'problems.csv'}")
-    written = write(request, {"table": table, "videos": shown}, seen, protocol, plan.random)
-    return Finished(table, shown, written, folder, failures, stopped)
+    found = [*given.problems, *problems, *lacking, *failures]
+    frames = {"table": table, "videos": shown}
+    written = write(request, frames, seen, protocol, plan.random, found)
+    return Finished(table, shown, written, request.out, failures, stopped, found)
 
 
 def _static(
-    request: Request, asked: dict[str, list[Video]], suite: Mapping[str, Entry], store: Scores,
-    say: Say, progress: bool,
-) -> bool:  # fmt: skip
-    """Drop moving videos from temporal flickering, and keep five a prompt; whether that was done.
+    request: Request, asked: dict[str, list[Video]], suite: Mapping[str, Entry],
+    why: Mapping[str, list[str]], store: Scores, say: Say, progress: bool,
+) -> tuple[bool, list[Problem]]:  # fmt: skip
+    """Drop moving videos from temporal flickering, and keep five a prompt.
+
+    Returns:
+        whether that was done (if not, ``why`` gets a clause), and the videos that failed there.
 
     Raises:
         UserError: it was asked for, and its weights are not there.
     """
-    if request.mode != "short" or not asked.get(FLICKER) or request.static_filter is False:
-        return False
+    if request.mode != "short" or not asked.get(FLICKER):
+        return False, []
+    if request.static_filter is False:
+        why[FLICKER].append(UNFILTERED)
+        return False, []
     try:
         plan = make_plan([STATIC_FILTER], {STATIC_FILTER: asked[FLICKER]}, suite, request.where)
     except UserError as error:
         if request.static_filter:
             raise
         say(f"temporal flickering is scored on all videos, moving ones too, as {error}")
-        return False
-    answer(plan.questions, request, store, say, progress)
+        why[FLICKER].append(UNFILTERED)
+        return False, []
+    _, failures = answer(plan.questions, request, store, say, progress)
     held: dict[str | None, list[Video]] = {}
-    for question, found in kept(plan.questions, store):
+    judged = kept(plan.questions, store)
+    for question, found in judged:
         if found.value >= 0.5:
             held.setdefault(question.video.prompt, []).append(question.video)
+    if len(judged) < len(plan.questions):
+        why[FLICKER].append(
+            f"the static filter judged {len(judged)} of {len(plan.questions)} videos"
+        )
     asked[FLICKER] = [
         video
         for group in held.values()
         for video in sorted(group, key=lambda v: v.index or 0)[:SAMPLES]
     ]
     say(f"{len(asked[FLICKER])} of {len(plan.questions)} videos are static enough")
-    return True
+    if not asked[FLICKER]:
+        what = f"none of {len(plan.questions)} videos is static enough: it has no score"
+        failures.append(Problem(FLICKER, what, False))
+    return True, failures
 
 
 def _lacking(
-    seen: Sequence[Video], suite: Mapping[str, Entry], scorers: Sequence[str], filtered: bool
+    seen: Sequence[Video], suite: Mapping[str, Entry], wanted: Sequence[counts.Wanted]
 ) -> list[Problem]:
     if not suite:
         return []
-    wanted: dict[str, int] = {}
-    for name in scorers:
-        for prompt, count in wanted_videos(name, suite, filtered).items():
-            wanted[prompt] = max(count, wanted.get(prompt, 0))
-    return videos.absent(seen, wanted, list(suite))
+    most: dict[str, int] = {}
+    for each in wanted:
+        for prompt, count in each.items():
+            most[prompt] = max(count, most.get(prompt, 0))
+    return counts.absent(seen, most, suite)

@@ -8,12 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_study.evaluation.vbench.dimensions import VERSION
+from mla_study.evaluation.vbench.dimensions import READ_WHOLE, VERSION
 from mla_study.evaluation.vbench.long.configs import LongConfigs
-from mla_study.evaluation.vbench.prompts import text_sha256
-from mla_study.evaluation.vbench.runs import origin, tables, videos
+from mla_study.evaluation.vbench.prompts import Told, text_sha256
+from mla_study.evaluation.vbench.runs import counts, origin, tables, videos
 from mla_study.evaluation.vbench.runs.drive import Answer, Job, drive
-from mla_study.evaluation.vbench.runs.plan import Mode, Place, Plan, Question, launcher
+from mla_study.evaluation.vbench.runs.plan import (
+    Mode,
+    Place,
+    Plan,
+    Question,
+    launcher,
+    subjects,
+    takes_any,
+)
 from mla_study.evaluation.vbench.runs.protocol import Protocol, spread
 from mla_study.evaluation.vbench.runs.store import Scored, Scores
 from mla_study.evaluation.vbench.runs.videos import Problem, Video
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FLICKER = "temporal_flickering"
+LISTED = "problems.csv"
 MODULES = ("mla_study.evaluation.vbench.runs.run",)
 Say = Callable[[str], None]
 
@@ -75,9 +84,23 @@ class Request:
     long: LongOptions | None = None
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """The videos of a run.
+
+    Attributes:
+        videos: those that can be scored. skipped: what is known of those that cannot.
+        problems: of both, and of the table of prompts.
+    """
+
+    videos: list[Video]
+    skipped: list[Told | None] = field(default_factory=list["Told | None"])
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+
 @dataclass
 class Finished:
-    """What a run leaves: tables, the run record, and what did not work."""
+    """What a run leaves: tables, the run record, what did not work, and all that was odd."""
 
     table: pd.DataFrame
     videos: pd.DataFrame
@@ -85,6 +108,15 @@ class Finished:
     folder: Path
     failures: list[Problem] = field(default_factory=list[Problem])
     stopped: dict[str, str] = field(default_factory=dict[str, str])
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+    def odd(self) -> str:
+        """A line on what is odd or missing, and where it stands; empty where all is well."""
+        bad = len({problem.name for problem in self.problems if problem.fatal})
+        noted = sum(not problem.fatal for problem in self.problems)
+        told = [f"{count} {what}{'s' * (count > 1)}" for count, what in
+                ((bad, "failure"), (noted, "note")) if count]  # fmt: skip
+        return f"{' and '.join(told)}: {self.folder / LISTED}" if told else ""
 
 
 def weights_mode(request: Request) -> Mode:
@@ -94,11 +126,25 @@ def weights_mode(request: Request) -> Mode:
     return request.mode
 
 
+def cut_short(question: Question, scored: Scored) -> str:
+    """A sentence where a scorer got fewer frames of a video than it has; empty where not."""
+    frames = question.video.frames
+    if question.scorer not in READ_WHOLE or scored.frames >= frames:
+        return ""
+    return f"VBench's reader got {scored.frames} of {frames} frames: the file is damaged or odd"
+
+
+def held(question: Question, store: Scores) -> Scored | None:
+    """The kept answer to a question, if it is one of the whole video."""
+    found = store.get(question.key)
+    return None if found is None or cut_short(question, found) else found
+
+
 def answer(
     questions: Sequence[Question], request: Request, store: Scores, say: Say, progress: bool
 ) -> tuple[dict[str, str], list[Problem]]:
     """Have workers answer what the store does not hold; scores are kept as they come."""
-    open_ = [question for question in questions if store.get(question.key) is None]
+    open_ = [question for question in questions if held(question, store) is None]
     failures = list[Problem]()
     if not open_:
         return {}, failures
@@ -110,10 +156,11 @@ def answer(
 
         def take(found: Answer) -> None:
             question = by_job[found.scorer, found.job.id]
-            if found.scored is not None:
+            why = found.reason if found.scored is None else cut_short(question, found.scored)
+            if found.scored is not None and not why:
                 store.put(question.key, found.scored)
             else:
-                reason = f"{found.scorer}: {found.reason}"
+                reason = f"{found.scorer}: {why}"
                 failures.append(Problem(question.video.name, reason))
                 say(f"{question.video.name}: {reason}")
             tick(found.scorer)
@@ -127,9 +174,34 @@ def answer(
 
 
 def kept(questions: Iterable[Question], store: Scores) -> list[tuple[Question, Scored]]:
-    """Questions with the answers that the store holds."""
-    held = ((question, store.get(question.key)) for question in questions)
-    return [(question, found) for question, found in held if found is not None]
+    """Questions with the answers that the store holds, see :func:`held`."""
+    found = ((question, held(question, store)) for question in questions)
+    return [(question, scored) for question, scored in found if scored is not None]
+
+
+def all_given(given: Gathered, scorer: str) -> int:
+    """How many of the videos that were given a scorer would look at, bad ones and all."""
+    skipped = given.skipped if takes_any(scorer) else [told for told in given.skipped if told]
+    return len(subjects(scorer, "custom", given.videos, {})) + len(skipped)
+
+
+def incomplete(
+    request: Request, given: Gathered, scorer: str, asked: Sequence[Video], wanted: counts.Wanted
+) -> list[str]:
+    """Clauses on why a scorer's videos are not all that are wanted, before any is scored."""
+    found = list[str]()
+    if request.shard is not None:
+        found.append(f"only shard {request.shard[0]} of {request.shard[1]} is here")
+    elif wanted:
+        found += filter(None, [counts.lack(asked, wanted)])
+    elif bad := all_given(given, scorer) - len(asked):
+        found.append(f"{bad} bad video{'s were' if bad > 1 else ' was'} skipped")
+    return found
+
+
+def unscored(lost: int, what: str) -> list[str]:
+    """A clause on videos or clips without a score; none where there are none."""
+    return [f"{lost} {what}{'s have' if lost > 1 else ' has'} no score"] if lost else []
 
 
 def protocol_of(
@@ -156,9 +228,15 @@ def protocol_of(
 
 def write(
     request: Request, frames: Mapping[str, pd.DataFrame], seen: Sequence[Video],
-    protocol: Protocol, random: bool,
+    protocol: Protocol, random: bool, problems: Sequence[Problem] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the result; scores by random weights are a null model, never measured."""
+    """Write the result; scores by random weights are a null model, never measured.
+
+    What is missing or wrong is ``problems.csv``, also when it is nothing, and a table of the run.
+    """
+    save_problems(request.out / LISTED, problems)
+    if problems:
+        frames = {**frames, "problems": videos.problem_table(problems)}
     provenance: Provenance = "null-model" if random else "measured"
     table = frames["table"]
     validity = tables.worst(table["validity"]) if len(table) else "invalid"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mla_study.errors import UserError
+from mla_study.evaluation.vbench.runs.videos import LOOK
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -89,20 +90,26 @@ class Scores:
             ) from None
 
     def seen(self, path: Path) -> Mapping[str, Any] | None:
-        """What was seen of a file, unless its size or time has changed since."""
+        """What :func:`videos.look` saw of a file, unless its size or time has changed since."""
         state = path.stat()
         row = self._db.execute(
             "select facts from files where path = ? and size = ? and mtime = ?",
             (str(path.resolve()), state.st_size, state.st_mtime_ns),
         ).fetchone()
-        return None if row is None else json.loads(row[0])
+        facts = {} if row is None else json.loads(row[0])
+        return facts if facts.pop("look", None) == LOOK else None
 
     def see(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Remember what was seen of a file."""
         state = path.stat()
         self._write(
             "insert or replace into files values (?, ?, ?, ?)",
-            (str(path.resolve()), state.st_size, state.st_mtime_ns, json.dumps(dict(facts))),
+            (
+                str(path.resolve()),
+                state.st_size,
+                state.st_mtime_ns,
+                json.dumps({**facts, "look": LOOK}),
+            ),
         )
 
     def get(self, key: Key) -> Scored | None:

@@ -26,7 +26,7 @@ COMPOSITES = {
 }
 COLUMNS = (
     "model", "scorer", "dimension", "label", "value", "low", "high", "better", "videos", "prompts",
-    "wanted", "validity", "mode", "horizon_s",
+    "wanted", "validity", "mode", "horizon_s", "why",
 )  # fmt: skip
 UNITS = {
     "value": "share, as VBench reports it (NIQE and HPSv3 on their own scales)",
@@ -66,12 +66,14 @@ def video_table(answered: Iterable[tuple[Question, Scored]]) -> pd.DataFrame:
 def score_table(
     videos: pd.DataFrame, scorers: Sequence[str], wanted: Mapping[str, int | None], *,
     model: str, mode: str, validity: Validity = "full",
+    why: Mapping[str, Sequence[str]] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """A row a scorer, then the composites that they allow.
 
     Args:
         videos: of :func:`video_table`. wanted: scorer -> videos that the protocol wants, or None.
         validity: the best that a row may have (``invalid`` for random weights).
+        why: scorer -> clauses on what its videos lack, with which it is at most partial.
     """
     import pandas as pd
 
@@ -88,8 +90,9 @@ def score_table(
         found = scores.bootstrap(scorer, values, terms, prompts, seed=seed)
         if not len(mine):
             continue
-        lacking = wanted.get(scorer)
-        own: Validity = "full" if lacking is None or seen >= lacking else "partial"
+        lacking, reasons = wanted.get(scorer), list((why or {}).get(scorer, ()))
+        complete = not reasons and (lacking is None or seen >= lacking)
+        own: Validity = "full" if complete else "partial"
         own = worst([own, validity, *(["substitute"] if scorer in SUBSTITUTES else [])])
         raw[scorer] = found.value
         drawn[scorer] = scores.resampled(scorer, values, terms, prompts, seed=seed)
@@ -99,6 +102,7 @@ def score_table(
                 "value": found.value, "low": found.low, "high": found.high,
                 "better": "lower" if scorer in LOWER else "higher",
                 "videos": seen, "prompts": found.prompts, "wanted": lacking, "validity": own,
+                "why": "; ".join(reasons),
             }
         )  # fmt: skip
     intervals = scores.composite_intervals(
@@ -115,12 +119,18 @@ def score_table(
                 "videos": sum(row["videos"] for row in members),
                 "prompts": sum(row["prompts"] for row in members),
                 "wanted": None, "validity": worst(row["validity"] for row in members),
+                "why": _why(members),
             }
         )  # fmt: skip
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     for name in ("videos", "prompts", "wanted"):
         table[name] = table[name].astype("Int64")
     return round_significant(table)
+
+
+def _why(members: Sequence[Mapping[str, Any]]) -> str:
+    less = [row["label"] for row in members if row["why"]]
+    return f"so {'is' if len(less) == 1 else 'are'} {', '.join(less)}" if less else ""
 
 
 def worst(validities: Iterable[Validity]) -> Validity:
@@ -144,7 +154,10 @@ def label(scorer: str) -> str:
 
 def text_table(table: pd.DataFrame) -> str:
     """The scores for a terminal."""
-    lines = [f"{'':34}{'score':>8}  {'95 % interval':17} {'videos':>12}  validity"]
+    modes = " and ".join(dict.fromkeys(table["mode"]))
+    lines = [
+        f"{modes and f'{modes} mode':34}{'score':>8}  {'95 % interval':17} {'videos':>12}  validity"
+    ]
     for row in table.to_dict("records"):
         wanted = "" if row["wanted"] is None or row["wanted"] != row["wanted"] else row["wanted"]
         count = f"{row['videos']} of {wanted}" if str(wanted).isdigit() else str(row["videos"])
@@ -153,4 +166,7 @@ def text_table(table: pd.DataFrame) -> str:
         lines.append(
             f"{row['label']:34}{row['value']:>8.4f}  {span:17} {count:>12}  {row['validity']}{note}"
         )
+    for row in table.to_dict("records"):
+        if row["why"]:
+            lines.append(f"{row['label']} ({row['validity']}): {row['why']}")
     return "\n".join(lines)

@@ -22,6 +22,7 @@ def start() -> int:
     package = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = package
     spec.loader.exec_module(package)
+    importlib.import_module(f"{PACKAGE}.channel").die_with_driver()
     return importlib.import_module(f"{PACKAGE}.serve").main(sys.argv[1:])
 
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 Line = dict[str, Any]
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2)."""
+
+
+def die_with_driver() -> None:
+    """Let the kernel end this process when the thread that started it ends, however that ends.
+
+    The end of the input alone is not seen before the video at hand is scored, which may take long.
+    Should the driver have ended before this is called, the input has too.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Channel:

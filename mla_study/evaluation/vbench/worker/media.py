@@ -60,19 +60,31 @@ class Counted:
     VBench decodes a video once and hides the number; counting by ourselves would decode it again.
     """
 
-    def __init__(self, owner: Any, name: str, least: int, what: str = "frames") -> None:
-        self.read, self.least, self.what = getattr(owner, name), least, what
+    def __init__(
+        self, owner: Any, name: str, least: int, what: str = "frames", side: int = 0
+    ) -> None:
+        self.read, self.least, self.what, self.side = getattr(owner, name), least, what, side
         self.frames = 0
         setattr(owner, name, self)
 
     def __call__(self, path: str) -> Any:
-        """What VBench reads. :raises ValueError: fewer frames than ``least``."""
+        """What VBench reads.
+
+        :raises ValueError: fewer frames than ``least``, or a side of fewer pixels than ``side``.
+        """
         try:
             frames = self.read(path)
         except AssertionError:  # VBench asserts that there is a frame
             frames = []
         self.frames = len(frames)
         _enough(path, self.frames, self.least, self.what)
+        if self.side:
+            height, width = frames[0].shape[-2:]
+            if min(height, width) < self.side:
+                raise ValueError(
+                    f"frames of {width} x {height} are too small for optical flow: it needs "
+                    f"{self.side} pixels a side"
+                )
         return frames
 
 

@@ -24,6 +24,13 @@ LEAST_SAMPLED = 3
 LEAST_STATIC = 5
 """Frames that the static filter needs: with 4, round(2 * 4 / 16) moves are allowed."""
 
+LEAST_SIDE = 121
+"""Pixels a side that RAFT needs.
+
+It halves a map of an eighth of the size three times and divides by the last one's size less one: up
+to 56 pixels it fails, up to 120 all flow is NaN, which VBench takes for no motion.
+"""
+
 
 def _flickering(request: Line) -> Scorer:
     module: Any = importlib.import_module("vbench.temporal_flickering")
@@ -62,7 +69,8 @@ def _degree(request: Line) -> Scorer:
     model = DynamicDegree(_raft(file, small), torch.device(request["device"]))
 
     # of fewer than this VBench says that they move, whatever they show
-    read = Counted(model, "get_frames", LEAST_SAMPLED, f"frames at {SAMPLED_PER_S} a second")
+    what = f"frames at {SAMPLED_PER_S} a second"
+    read = Counted(model, "get_frames", LEAST_SAMPLED, what, LEAST_SIDE)
 
     def score(line: Line) -> Line:
         with under_its_name(line) as path:
@@ -78,7 +86,7 @@ def _static(request: Line) -> Scorer:
     import torch
 
     model = patches.static_filter(_raft(file, small), torch.device(request["device"]))
-    read = Counted(model, "get_frames", LEAST_STATIC)
+    read = Counted(model, "get_frames", LEAST_STATIC, side=LEAST_SIDE)
 
     def score(line: Line) -> Line:
         with under_its_name(line) as path:

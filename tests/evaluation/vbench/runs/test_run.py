@@ -19,7 +19,7 @@ from vbench_runs import run_fake, write_clip, write_clips
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.prompts import Entry
 from mla_study.evaluation.vbench.runs import run as running
-from mla_study.evaluation.vbench.runs import scoring
+from mla_study.evaluation.vbench.runs import scoring, videos
 from mla_study.evaluation.vbench.runs.drive import Job
 from mla_study.evaluation.vbench.runs.store import FILE, locked
 from mla_study.study.runs import read_result
@@ -196,11 +196,11 @@ def test_prompts_of_the_suite_choose_videos_and_a_lack_makes_scores_partial(
         5,
         15,
     )
-    assert set(rows["validity"]) == {"partial"}
+    assert set(rows["validity"]) == {"partial"} and not said
+    assert done.odd() == f"5 notes: {tmp_path / 'out' / 'problems.csv'}"
     table = pd.read_csv(tmp_path / "out" / "problems.csv").set_index("name")["what"]
     assert table["a cat"].startswith("3 of 5") and table["snow"].startswith("no video")
-    assert "no prompt of the suite" in table["two dogs - running-0.mp4"]
-    assert said
+    assert "none of the suite" in table["two dogs - running-0.mp4"]
     with pytest.raises(UserError, match=r"no video in .* is of a prompt"):
         run_fake(monkeypatch, clips, tmp_path / "other", ("human_action",), mode="short")
 
@@ -215,8 +215,19 @@ def test_bad_videos_are_listed_before_anything_is_scored(
         run_fake(monkeypatch, clips, tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "problems.csv")
     assert list(table["name"]) == ["rain-0.mp4", "rain-1.mp4"] and table["fatal"].all()
-    done, _ = run_fake(monkeypatch, clips, tmp_path / "out", skip_bad=True)
-    assert len(done.videos) == 5
+    write_clip(clips / "rain-2.mp4", size=(33, 48), seed=5)
+    done, said = run_fake(monkeypatch, clips, tmp_path / "out", skip_bad=True)
+    assert len(done.videos) == 6
+    (row,) = done.table.to_dict("records")
+    assert (row["videos"], row["wanted"], row["validity"]) == (6, 8, "partial")
+    assert row["why"] == "2 bad videos were skipped"
+    assert said[0].startswith("2 of 8 videos are skipped")
+    assert done.odd().startswith("2 failures and 1 note: ")
+    table = pd.read_csv(tmp_path / "out" / "problems.csv")
+    assert list(table["name"]) == ["rain-0.mp4", "rain-1.mp4", "rain-2.mp4"]
+    assert list(table["fatal"]) == [True, True, False]
+    kept = read_result(tmp_path / "out").tables["problems"]
+    assert list(kept["what"]) == list(table["what"]) and "odd size" in kept["what"].iloc[2]
     assert (clips / "a cat-0.mp4").read_bytes() == whole
 
 
@@ -227,6 +238,54 @@ def test_videos_of_other_formats_are_said_to_be_left_out(
     done, said = run_fake(monkeypatch, clips, tmp_path / "out")
     assert len(done.videos) == 7
     assert "sun.webm is left out: only .mp4 is read, convert what should count" in said
+
+
+def test_a_score_of_a_part_of_the_frames_is_none(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    (clips / "rain-0.short").touch()
+    scorers = ("temporal_flickering", "dynamic_degree")
+    done, _ = run_fake(monkeypatch, clips, tmp_path / "out", scorers)
+    rows = done.table.set_index("scorer")
+    # dynamic degree samples frames: that it looked at three is no fault
+    assert rows["validity"].to_dict() == {scorers[0]: "partial", scorers[1]: "full"}
+    assert rows.at[scorers[0], "why"] == "1 video has no score"
+    (failure,) = done.failures
+    assert failure.name == "rain-0.mp4" and "3 of 6 frames" in failure.what
+    (clips / "rain-0.short").unlink()
+    again, _ = run_fake(monkeypatch, clips, tmp_path / "out", scorers)
+    assert set(again.table["validity"]) == {"full"} and not again.failures
+
+
+def test_what_an_earlier_version_saw_of_a_file_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_fake(monkeypatch, clips, out)
+    looked: list[str] = []
+    true = videos.look
+
+    def look(path: Path) -> dict[str, Any]:
+        looked.append(path.name)
+        return true(path)
+
+    monkeypatch.setattr(videos, "look", look)
+    run_fake(monkeypatch, clips, out)
+    assert not looked
+    with sqlite3.connect(out / FILE) as db:
+        db.execute("update files set facts = json_remove(facts, '$.look') where path like '%rain%'")
+    run_fake(monkeypatch, clips, out)
+    assert sorted(looked) == ["rain-0.mp4", "rain-1.mp4"]
+
+
+def test_a_table_of_prompts_that_leaves_videos_out_is_noted(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    (clips / "prompts.csv").write_text("file,prompt\nrain-0.mp4,rain\n")
+    done, _ = run_fake(monkeypatch, clips, tmp_path / "out")
+    (problem,) = done.problems
+    assert problem.name == "prompts.csv" and not problem.fatal
+    assert problem.what == "tells nothing of 6 of the 7 videos: they have no prompt"
 
 
 def test_one_run_at_a_time_in_a_folder(

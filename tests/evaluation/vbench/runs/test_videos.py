@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,45 @@ def test_a_cut_file_whose_header_is_in_front_is_found_out(tmp_path: Path) -> Non
     assert "problem" not in videos.look(path)
 
 
+def overwritten(whole: bytes, count: int) -> bytes:
+    """With ``count`` bytes in the middle set to nought."""
+    middle = len(whole) // 2
+    return whole[:middle] + bytes(count) + whole[middle + count :]
+
+
+def test_a_video_that_is_damaged_in_the_middle_is_found_out(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "hurt-0.mp4", frames=60)
+    whole = path.read_bytes()
+    path.write_bytes(overwritten(whole, 3000))
+    assert len(path.read_bytes()) == len(whole)
+    _, (problem,) = videos.examine(videos.find(tmp_path))
+    assert problem.fatal
+    matched = re.match(r"is damaged: (\d+) of 60 frames decode", problem.what)
+    assert matched is not None and 20 < int(matched[1]) < 60
+    # a few bytes leave every frame there, one of them with a smear
+    path.write_bytes(overwritten(whole, 12))
+    _, (problem,) = videos.examine(videos.find(tmp_path))
+    assert problem.fatal and problem.what == "is damaged: 59 of 60 frames decode"
+
+
+def test_frames_that_an_edit_list_hides_are_no_damage(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    whole = write_clip(tmp_path / "whole.mp4", frames=20)
+    (tmp_path / "clips").mkdir()
+    path = tmp_path / "clips" / "trimmed-0.mp4"
+    with av.open(str(whole)) as read, av.open(str(path), "w") as container:
+        stream = read.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        for packet in read.demux(stream):
+            if packet.dts is not None:
+                early = int(5 / 8 / stream.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - early, packet.dts - early, copy
+                container.mux(packet)
+    (video,), (problem,) = videos.examine(videos.find(tmp_path / "clips"))
+    assert video.frames == 15 and not problem.fatal
+    assert "an edit list hides 5 frames" in problem.what
+
+
 def test_places_without_videos_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not there"):
         videos.find(tmp_path / "nothing")
@@ -111,16 +151,35 @@ def test_a_table_of_prompts_frees_names(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("a.csv", "file,text\nx,y\n", "row 1 lacks file or prompt"),
-        ("b.csv", "file,prompt,index\nx,y,first\n", "row 1: index 'first'"),
+        (
+            "b.csv",
+            "file,prompt,index\nx,y,first\n",
+            "row 1: index 'first' is no number from 0 (a prompt",
+        ),
         ("c.csv", "file,prompt\nx,y\nx,z\n", "row 2 names x a second time"),
         ("d.jsonl", '{"file": "x", "prompt": "y"}\n{"file"\n', "line 2 is no JSON"),
         ("e.jsonl", "[1]\n", "line 1 is no object"),
         ("f.csv", "", "holds no row"),
+        (
+            "g.csv",
+            "file,prompt\nx,y\nz,In a still frame, a stop sign\n",
+            "row 2 (z) has more cells",
+        ),
+        ("h.csv", "file,prompt\nx,\n", "row 1 (x) has an empty prompt"),
+        ("i.jsonl", '{"file": "x", "prompt": " "}\n', "row 1 (x) has an empty prompt"),
+        (
+            "j.csv",
+            "file,prompt,index\nx,y,1\nz,y,1\n",
+            "row 2: z is video 1 of its prompt, as x is",
+        ),
+        ("k.csv", "file,prompt\nx-0.mp4,y\nz.mp4,y\n", "z.mp4 is video 0 of its prompt, as x-0"),
+        ("l.csv", "file,prompt,index\nx,y,²\n", "row 1: index '²' is no number"),
+        ("m.csv", "file,prompt,index\nx,y,99999999999999999999\n", "is no number from 0"),
     ],
 )
 def test_bad_tables_are_refused_by_row(tmp_path: Path, name: str, content: str, says: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=re.escape(says)):
         prompts.read_table(tmp_path / name)
 
 
@@ -147,3 +206,10 @@ def test_names_end_in_a_number_or_are_prompts() -> None:
         "In a still frame, a stop sign.", 0
     )
     assert prompts.split_name("clip.mp4") == Told("clip")
+    assert prompts.split_name("x-²-99999999999999999999.mp4").index is None
+
+
+def test_a_prompt_in_quotation_marks_keeps_its_commas(tmp_path: Path) -> None:
+    table = tmp_path / "prompts.csv"
+    table.write_text('file,prompt\na.mp4,"In a still frame, a stop\u2028sign"\n')
+    assert prompts.read_table(table)["a.mp4"].prompt == "In a still frame, a stop\u2028sign"

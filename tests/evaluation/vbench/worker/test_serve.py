@@ -101,15 +101,24 @@ def test_raft_small_sees_a_shift_and_no_motion_in_a_frozen_video(
     moving = shifted(tmp_path / "moving-0.mp4", 6, (5, 3))
     frozen = shifted(tmp_path / "frozen-0.mp4", 6, (0, 0))
     short = shifted(tmp_path / "short-0.mp4", 2, (0, 0))
+    # of the first there is no flow, of the second it is NaN, which would be no motion
+    tiny = shifted(tmp_path / "tiny-0.mp4", 6, (5, 3), size=(16, 16))
+    small = shifted(tmp_path / "small-0.mp4", 6, (5, 3), size=(120, 160))
+    least = shifted(tmp_path / "least-0.mp4", 6, (5, 3), size=(122, 122))
     with start("dynamic_degree[raft-small]", raft_small) as worker:
         assert worker.said["event"] == "ready"
         answers = [worker.ask(path) for path in (moving, frozen)]
         refused = worker.ask(short)
+        sizes = [worker.ask(path) for path in (tiny, small, least)]
         assert worker.end() == 0
     assert [answer["value"] for answer in answers] == [1.0, 0.0]
     assert [answer["frames"] for answer in answers] == [6, 6]
     # upstream's rule wants round(4 * 2 / 16) = 0 moves of it, and calls it moving
     assert refused["event"] == "failed" and "frames at 8 a second, but 3" in refused["reason"]
+    flow = "are too small for optical flow: it needs 121 pixels a side"
+    assert sizes[0]["reason"] == f"frames of 16 x 16 {flow}"
+    assert sizes[1]["reason"] == f"frames of 160 x 120 {flow}"
+    assert sizes[2]["value"] == 1.0
 
 
 @pytest.mark.assets
