@@ -5,18 +5,26 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from mla_study.commands.vbench_compare import Compare
 from mla_study.commands.vbench_sample import Sample
 from mla_study.commands.vbench_weights import Doctor, FetchWeights
 from mla_study.errors import UserError, tell
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _EXIT_INTERRUPTED, _EXIT_UNFINISHED = 130, 2
+_MODES = {
+    "static-filter": ("short", "long"), "detectron2": ("short", "long"),
+    "upstream-exact": ("long",), "clip-to-clip": ("long",), "split-scenes": ("long",),
+    "long-configs": ("long",),
+}  # fmt: skip
+"""The modes that options are of, where that is not all."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,8 @@ class Run:
     prompts: Path | None = None
     """CSV or JSONL with file, prompt, index (default: prompts.csv in the folder, or the names)."""
     extended: Path | None = None
-    """File of the longer prompts that the model was told, for the record."""
+    """File of the longer prompts that the model was told, for the record (default: what vbench
+    sample recorded beside the folder)."""
     model: str | None = None
     """Name of the model in tables (default: the folder's)."""
     weights: Path | None = None
@@ -53,14 +62,21 @@ class Run:
     """Checkout of detectron2, for object_class, multiple_objects, color, spatial_relationship."""
     environment: Path | None = None
     """VBench's environment (default: MLA_STUDY_VBENCH_ENV, or what make setup-vbench made)."""
-    static_filter: bool | None = None
-    """Leave moving videos out of temporal flickering (default: where its weights are there)."""
-    upstream_exact: bool = True
-    """Long mode: cut and average as upstream's code does; without, by true frame rates, and over
-    clips, then videos. The corrected average is reported beside in any case."""
-    clip_to_clip: bool = True
-    """Long mode: let half of subject and background consistency compare clips (needs DINOv2 and
-    DreamSim)."""
+    static_filter: bool = False
+    """Leave moving videos out of temporal flickering, or do not start (default: where its weights
+    are there; in long mode no)."""
+    no_static_filter: bool = False
+    """Take moving videos too."""
+    upstream_exact: bool = False
+    """Long mode: cut and average as upstream's code does (default)."""
+    no_upstream_exact: bool = False
+    """Long mode: by true frame rates, and over clips, then videos. The corrected average is
+    reported beside upstream's in any case."""
+    clip_to_clip: bool = False
+    """Long mode: let half of subject and background consistency compare clips (default; needs
+    DINOv2 and DreamSim)."""
+    no_clip_to_clip: bool = False
+    """Long mode: compare no clips."""
     split_scenes: bool = False
     """Long mode: cut at changes of scene first."""
     long_configs: Path | None = None
@@ -85,14 +101,32 @@ class Run:
         from mla_study.evaluation.vbench import dimensions
         from mla_study.evaluation.vbench.long.configs import load_configs
         from mla_study.evaluation.vbench.needs import environment, weights
+        from mla_study.evaluation.vbench.runs.origin import seeds_text, told_text
         from mla_study.evaluation.vbench.runs.plan import Place, scorers_for
+        from mla_study.evaluation.vbench.runs.protocol import Protocol
         from mla_study.evaluation.vbench.runs.run import run
-        from mla_study.evaluation.vbench.runs.scoring import LongOptions, Request
+        from mla_study.evaluation.vbench.runs.scoring import FLICKER, LongOptions, Request
         from mla_study.evaluation.vbench.runs.tables import text_table
         from mla_study.evaluation.vbench.sampling.plan import parse_shard
 
         names = [name for given in self.dimensions for name in given.replace(",", " ").split()]
         scorers = scorers_for(self.mode, names or ["all"])
+        shard = parse_shard(self.shard)
+        static_filter = _either("static-filter", self.static_filter, self.no_static_filter)
+        exact = _either("upstream-exact", self.upstream_exact, self.no_upstream_exact)
+        dev = _either("clip-to-clip", self.clip_to_clip, self.no_clip_to_clip)
+        _fits_mode(
+            self.mode,
+            {
+                "static-filter": static_filter, "upstream-exact": exact, "clip-to-clip": dev,
+                "split-scenes": self.split_scenes or None, "long-configs": self.long_configs,
+                "detectron2": self.detectron2,
+            },
+        )  # fmt: skip
+        if static_filter and FLICKER not in scorers:
+            raise UserError(
+                f"--static-filter is about {FLICKER}, which is not among --dimensions: leave it out"
+            )
         other = [name for name in scorers if name not in dimensions.NATIVE]
         long_mode = self.mode == "long"
         found = environment.find_environment(self.environment) if other or long_mode else None
@@ -106,18 +140,17 @@ class Run:
                 detectron2, folder, installed, trust=self.trust_weights
             )
         place = Place(folder, found, detectron2, self.trust_weights)
-        shard = parse_shard(self.shard)
         devices, threads = _slots(self.device, self.workers, found)
         if self.threads is not None and self.threads < 1:
             raise UserError(f"--threads is {self.threads}, but it must be at least 1")
         long = None
         if long_mode:
             configs = load_configs(self.long_configs)
-            long = LongOptions(configs, self.upstream_exact, self.clip_to_clip, self.split_scenes)
+            long = LongOptions(configs, exact is not False, dev is not False, self.split_scenes)
         request = Request(
             self.videos, self.out, scorers, place, self.mode,
             self.model or self.videos.resolve().stem, self.prompts, self.extended,
-            self.static_filter, devices, self.threads or threads,
+            static_filter, devices, self.threads or threads,
             None if shard[1] == 1 else shard, self.take,
             self.skip_bad,
             long,
@@ -134,40 +167,16 @@ class Run:
         if odd := done.odd():
             tell(odd)
         record = done.record
+        observed = record["observed"]
+        told = told_text(Protocol.read(record["identity"]["config"]), observed)
+        for line in filter(None, (told, seeds_text(observed))):
+            print(line, file=sys.stderr)
         print(
             f"class {record['provenance']}, {record['validity']}, run {record['run_hash'][:12]}: "
             f"{done.folder}",
             file=sys.stderr,
         )
         return _EXIT_UNFINISHED if done.failures or done.stopped else 0
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Scores of runs side by side; of two, a test by prompt. Unlike protocols are refused.
-
-    Example: mla-study vbench compare scores-dense scores-latent
-    """
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """The --out folders of vbench run."""
-    anyway: bool = False
-    """Print them although their protocols differ, with the differences on the table's face."""
-    json: bool = False
-    """Print the table as JSON."""
-
-    def run(self) -> int:
-        """Print the comparison."""
-        from mla_study.evaluation.vbench.runs.compare import compare, text
-
-        comparison = compare(self.runs, self.anyway)
-        if self.json:
-            print(comparison.table.to_json(orient="records", indent=1))
-            for sentence in comparison.unlike:
-                tell(f"unlike protocols: {sentence}")
-        else:
-            print(text(comparison))
-        return 0
 
 
 VBenchCommand = (
@@ -191,6 +200,38 @@ class VBench:
     def run(self) -> int:
         """Run the subcommand."""
         return self.command.run()
+
+
+def _either(option: str, yes: bool, no: bool) -> bool | None:
+    """What was said by ``--option`` or ``--no-option``; None where neither was given.
+
+    Raises:
+        UserError: both.
+    """
+    if yes and no:
+        raise UserError(f"--{option} and --no-{option} contradict each other: give one")
+    return None if yes == no else yes
+
+
+def _fits_mode(mode: str, given: Mapping[str, object]) -> None:
+    """Refuse an option that the mode would ignore.
+
+    Args:
+        given: option -> its value, None where it was not given.
+
+    Raises:
+        UserError: one was given that is another mode's.
+    """
+    for option, value in given.items():
+        modes = _MODES[option]
+        if value is None or mode in modes:
+            continue
+        no = "no-" if value is False else ""
+        of = " and ".join(modes)
+        raise UserError(
+            f"--{no}{option} says nothing in {mode} mode, it is of {of} mode: leave it out, or "
+            f"give --mode {modes[0]}"
+        )
 
 
 def _slots(device: str, workers: int | None, found: object) -> tuple[tuple[str, ...], int]:

@@ -88,7 +88,8 @@ class Sample:
         """Sample, and return the exit code."""
         from mla_study.evaluation.vbench.needs.environment import find_environment
         from mla_study.evaluation.vbench.sampling.plan import parse_shard, prompt_set, samples
-        from mla_study.evaluation.vbench.sampling.sample import TABLE, sample
+        from mla_study.evaluation.vbench.sampling.records import TABLE
+        from mla_study.evaluation.vbench.sampling.sample import sample
         from mla_study.evaluation.vbench.sampling.sampler import Recipe
 
         shard = parse_shard(self.shard)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from vbench_runs import write_clip
+from evaluation.vbench import vbench_places
+from vbench_runs import launch_fake, write_clip
 
 from mla_study.cli import main
 from mla_study.commands import vbench as command
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.needs import environment
+from mla_study.evaluation.vbench.runs import scoring
+from mla_study.evaluation.vbench.runs.scoring import Request
+from mla_study.evaluation.vbench.sampling.records import RECORD, TABLE, records_of
+from mla_study.study.runs import file_sha256
 
 FLICKER = ("--mode", "custom", "--dimensions", "temporal_flickering")
 NIQE = ("--mode", "custom", "--dimensions", "imaging_quality[niqe]")
@@ -56,6 +62,21 @@ def test_missing_weights_are_named_before_anything_is_scored(
         (("compare", "one"), "at least two"),
         (("run", "x", "--out", "y", *FLICKER, "--shard", "3/3"), "give I/N"),
         (
+            ("run", "x", "--out", "y", *FLICKER, "--static-filter"),
+            "--static-filter says nothing in",
+        ),
+        (("run", "x", "--out", "y", *FLICKER, "--no-static-filter"), "--no-static-filter says"),
+        (("run", "x", "--out", "y", *FLICKER, "--split-scenes"), "of long mode"),
+        (("run", "x", "--out", "y", *FLICKER, "--detectron2", "d"), "of short and long mode"),
+        (("run", "x", "--out", "y", "--upstream-exact"), "--upstream-exact says nothing in short"),
+        (("run", "x", "--out", "y", "--no-clip-to-clip"), "--no-clip-to-clip says nothing in"),
+        (("run", "x", "--out", "y", "--long-configs", "d"), "give --mode long"),
+        (("run", "x", "--out", "y", "--static-filter", "--no-static-filter"), "contradict"),
+        (
+            ("run", "x", "--out", "y", "--static-filter", "--dimensions", "scene"),
+            "is not among --dimensions",
+        ),
+        (
             ("run", "x", "--out", "y", *NIQE, "--device", "banana"),
             "--device is 'banana': give auto",
         ),
@@ -96,3 +117,62 @@ def test_processes_share_the_cores() -> None:
         command._slots("cuda", None, None)  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(UserError, match="at least 1"):
         command._slots("cpu", 0, None)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize(
+    ("words", "filtered", "exact", "dev"),
+    [
+        ((), None, None, None),
+        (("--static-filter",), True, None, None),
+        (("--no-static-filter",), False, None, None),
+        (("--mode", "long"), None, True, True),
+        (("--mode", "long", "--upstream-exact", "--clip-to-clip"), None, True, True),
+        (("--mode", "long", "--no-upstream-exact"), None, False, True),
+        (("--mode", "long", "--static-filter", "--no-clip-to-clip"), True, True, False),
+    ],
+)
+def test_what_may_be_forbidden_may_be_demanded(
+    words: tuple[str, ...], filtered: bool | None, exact: bool | None, dev: bool | None,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    asked: list[Request] = []
+
+    def stopped(request: Request, *_: object) -> None:
+        asked.append(request)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("mla_study.evaluation.vbench.runs.run.run", stopped)
+    monkeypatch.setenv("MLA_STUDY_VBENCH_ENV", str(vbench_places.environment(tmp_path / "env")))
+    dimensions = ("--dimensions", "temporal_flickering", "imaging_quality[niqe]")
+    told = refused(
+        capsys, "run", tmp_path, "--out", tmp_path, "--device", "cpu", *dimensions, *words
+    )
+    assert "far enough" in told
+    assert asked[0].static_filter is filtered
+    long = asked[0].long
+    assert (exact, dev) == (None, None) if long is None else (long.exact, long.dev) == (exact, dev)
+
+
+def test_a_run_says_what_was_told_and_from_which_seeds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    sha256 = file_sha256(write_clip(clips / "a cat-0.mp4"))
+    beside = records_of(clips)
+    beside.mkdir()
+    rows = f"prompt,told,index,seed,file,sha256\na cat,a grey cat,0,77,a cat-0.mp4,{sha256}\n"
+    (beside / TABLE).write_text(rows)
+    identity = {"inputs": {"prompts": "a" * 64, "extended": "e" * 64}, "seed": 5}
+    prompts = {"known_as": "unknown", "extended_by": "unknown"}
+    (beside / RECORD).write_text(json.dumps({"identity": identity, "prompts": prompts}))
+    monkeypatch.setattr(scoring, "launcher", launch_fake)
+    monkeypatch.setenv("MLA_STUDY_VBENCH_ENV", str(vbench_places.environment(tmp_path / "env")))
+    words = ["run", str(clips), *FLICKER, "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["vbench", *words]) == 0
+    told = capsys.readouterr().err
+    assert "told longer prompts (unknown, texts " in told
+    assert "seeds of 1 video, 77, from base seed 5" in told
+    short = tmp_path / "short.txt"
+    short.write_text("a cat\n")
+    assert "says that the model was told unknown" in refused(capsys, *words, "--extended", short)

@@ -119,6 +119,8 @@ def read_table(path: Path) -> dict[str, Told]:
         name, prompt = row.get("file"), row.get("prompt")
         if not name or not isinstance(name, str) or not isinstance(prompt, str):
             raise UserError(f"{path}, row {number} lacks file or prompt: give both columns")
+        if row.get("told") is not None and not isinstance(row["told"], str):
+            raise UserError(f"{path}, row {number}: told is no text")
         if row.get(SURPLUS):
             raise UserError(
                 f"{path}, row {number} ({name}) has more cells than there are columns: {QUOTED}"

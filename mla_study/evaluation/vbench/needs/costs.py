@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mla_study.evaluation.vbench.runs.videos import files_of, passed_over
+
 SETTING = "2 CPU cores, 832 x 480, model loading included in each video"
-_VIDEOS = (".mp4", ".gif", ".webm", ".mkv", ".mov", ".avi")
 _LOOKED_AT = 40
 
 
@@ -63,27 +64,29 @@ def cost_of(scorer: str) -> Cost:
 
 @dataclass(frozen=True)
 class Folder:
-    """Videos of a folder: how many, and their frames (None where they cannot be counted)."""
+    """Videos of a folder: how many, and their frames (None where they cannot be counted).
+
+    Attributes:
+        passed_over: a sentence on those that a run would leave out.
+    """
 
     path: Path
     videos: int
     frames: float | None
+    passed_over: str = ""
 
 
 def look_into(path: Path) -> Folder:
-    """Count the videos of a folder, or take one file; frames by the headers of up to 40 of them.
+    """Count the videos that a run would look at; frames by the headers of up to 40 of them.
 
     Raises:
-        OSError: it cannot be listed.
+        UserError: no such place, or one that cannot be read.
     """
-    if path.is_file():
-        files = [path]
-    else:
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _VIDEOS and f.is_file())
+    files, _ = files_of(path)
     step = max(1, -(-len(files) // _LOOKED_AT))
     counts = [count for file in files[::step] if (count := _frames(file)) is not None]
     total = sum(counts) / len(counts) * len(files) if counts else None
-    return Folder(path, len(files), total)
+    return Folder(path, len(files), total, passed_over(path))
 
 
 def _frames(file: Path) -> int | None:

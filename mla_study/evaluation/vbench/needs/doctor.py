@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mla_study.errors import UserError
-from mla_study.evaluation.vbench.dimensions import DIMENSIONS, NATIVE, SCORERS, choose, is_free
+from mla_study.evaluation.vbench.dimensions import DIMENSIONS, NATIVE, SCORERS, is_free
 from mla_study.evaluation.vbench.needs.costs import (
     Folder,
     cost_of,
@@ -36,10 +36,12 @@ from mla_study.evaluation.vbench.needs.weights import (
     look,
     weights_folder,
 )
+from mla_study.evaluation.vbench.runs.plan import STATIC_FILTER, scorers_for
+from mla_study.evaluation.vbench.runs.scoring import FLICKER
 
 ROWS = (
     *SCORERS,
-    "static_filter",
+    STATIC_FILTER,
     "long.clip2clip.subject_consistency",
     "long.clip2clip.background_consistency",
 )
@@ -65,7 +67,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What the doctor found; ``states`` of all items that the rows need."""
+    """What the doctor found; ``states`` of all items that the rows need.
+
+    Attributes:
+        named: whether some scorers were asked for by name, and the others are beside the point.
+    """
 
     mode: Mode
     weights: Path
@@ -78,16 +84,28 @@ class Report:
     disk_gb: float | None
     memory_gib: float | None
     folder: Folder | None
+    named: bool = False
 
     @property
     def ready(self) -> bool:
         """Whether all that was asked for can run."""
         return all(row.ready for row in self.rows if row.asked)
 
-    def missing(self) -> list[str]:
-        """Keys of unusable items, each once, those of the asked scorers first."""
-        keys = [key for row in sorted(self.rows, key=lambda r: not r.asked) for key in row.lacks]
+    def missing(self, asked: bool = False) -> list[str]:
+        """Keys of unusable items, each once, those of the asked scorers first (or only those)."""
+        rows = sorted(self.rows, key=lambda row: not row.asked)
+        keys = [key for row in rows if row.asked or not asked for key in row.lacks]
         return list(dict.fromkeys(keys))
+
+    @property
+    def unfiltered(self) -> bool:
+        """Whether temporal flickering was asked for and would be scored on moving videos too."""
+        asked = any(row.asked and row.name == FLICKER for row in self.rows)
+        return asked and self.mode == "short" and not self.row(STATIC_FILTER).ready
+
+    def row(self, name: str) -> Row:
+        """The row of a scorer."""
+        return next(row for row in self.rows if row.name == name)
 
 
 def examine(
@@ -111,7 +129,7 @@ def examine(
     """
     asked = _asked(dimensions, mode)
     root = weights_folder(weights)
-    seen = None if videos is None else _look(videos)
+    seen = None if videos is None else look_into(videos)
     found, problem = _environment(environment)
     wrong = _wrong(found, mode)
     had, told = _detectron2(detectron2, root, found, trust)
@@ -144,24 +162,14 @@ def examine(
         _free_gb(root),
         memory_gib(),
         seen,
+        bool(dimensions),
     )
 
 
 def _asked(dimensions: Sequence[str], mode: Mode) -> tuple[str, ...]:
     if dimensions:
-        return choose(dimensions)
+        return scorers_for(mode, dimensions)  # what a run would say of them
     return tuple(name for name in DIMENSIONS if mode != "custom" or is_free(name))
-
-
-def _look(videos: Path) -> Folder:
-    try:
-        if not videos.exists():
-            raise UserError(f"{videos} does not exist: name a folder of videos, or a video")
-        return look_into(videos)
-    except OSError as error:
-        raise UserError(
-            f"{videos} cannot be read ({error.strerror or error}): check its rights"
-        ) from None
 
 
 def _environment(given: Path | None) -> tuple[Environment | None, str]:

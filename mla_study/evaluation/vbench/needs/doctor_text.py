@@ -9,22 +9,25 @@ from mla_study.evaluation.vbench.dimensions import DIMENSIONS
 from mla_study.evaluation.vbench.needs.costs import SETTING, time_text
 from mla_study.evaluation.vbench.needs.doctor import Report, Row
 from mla_study.evaluation.vbench.needs.weights import ITEMS, size_text
+from mla_study.evaluation.vbench.runs.plan import STATIC_FILTER
+from mla_study.evaluation.vbench.runs.scoring import FLICKER
 
 
 def text(report: Report) -> str:
-    """The report for a reader: one table, then what is missing, each item once."""
+    """The report for a reader: one table, then what is missing, each item once.
+
+    Of what was asked for by name, nothing else is listed, only counted.
+    """
     lines = [f"{'dimension':<40}{'ready':<7}{'GiB':>6}{'time':>9}  lacks"]
-    for row in report.rows:
-        if row.name not in DIMENSIONS and not row.asked:
-            continue
-        lines.append(_line(row))
-    others = [row for row in report.rows if row.name not in DIMENSIONS and not row.asked]
-    lines += ["others:", *(_line(row) for row in others)]
+    lines += [_line(row) for row in report.rows if row.asked]
+    others = [row for row in report.rows if not row.asked]
+    if not report.named:
+        lines += ["others:", *(_line(row) for row in others)]
     lines += [
         "",
         f"environment: {report.environment}",
         f"device:      {report.devices}",
-        f"detectron2:  {report.detectron2}",
+        *([f"detectron2:  {report.detectron2}"] if _detectron2(report) else []),
         f"weights:     {report.weights}",
         f"disk:        {_disk(report)}",
         f"memory:      {_memory(report)}",
@@ -32,7 +35,7 @@ def text(report: Report) -> str:
     if report.folder is not None:
         lines.append(f"videos:      {_videos(report)}")
     lines.append(f"GiB and time are estimates ({SETTING}); a dash: not measured.")
-    missing = report.missing()
+    missing = report.missing(asked=report.named)
     if missing:
         lines += ["", f"missing or not usable ({len(missing)}):"]
         for key in missing:
@@ -44,11 +47,31 @@ def text(report: Report) -> str:
         lines.append(
             f"`mla-study vbench fetch-weights --to {report.weights}` gets what an address has"
         )
+    if report.unfiltered:
+        lacks = report.row(STATIC_FILTER)
+        lines.append(
+            f"{FLICKER} would be scored on moving videos too, against VBench's protocol: its "
+            f"{STATIC_FILTER} lacks {', '.join([*lacks.troubles, *lacks.lacks])}"
+        )
+    hidden = len(report.missing()) - len(missing)
+    if hidden:
+        lacking = sum(not row.ready for row in others)
+        lines.append(
+            f"not asked for: {lacking} of {len(others)} others are not ready, {hidden} more items "
+            "are missing; without --dimensions all are listed"
+        )
     return "\n".join(lines)
+
+
+def _detectron2(report: Report) -> bool:
+    """Whether it is worth a line: not where only what needs none was asked for."""
+    asked = [DIMENSIONS.get(row.name) for row in report.rows if row.asked]
+    return not report.named or any(known.detectron2 for known in asked if known is not None)
 
 
 def document(report: Report) -> dict[str, Any]:
     """The report as JSON has it; sizes in bytes, memory in GiB, disk in GB, time in seconds."""
+    asked = set(report.missing(asked=True))
     return {
         "schema": 1,
         "ready": report.ready,
@@ -66,6 +89,7 @@ def document(report: Report) -> dict[str, Any]:
             "path": str(report.folder.path),
             "videos": report.folder.videos,
             "frames": report.folder.frames,
+            "passed_over": report.folder.passed_over or None,
         },
         "scorers": [
             {
@@ -79,7 +103,7 @@ def document(report: Report) -> dict[str, Any]:
             }
             for row in report.rows
         ],
-        "missing": [_entry(key, report) for key in report.missing()],
+        "missing": [{**_entry(key, report), "asked": key in asked} for key in report.missing()],
     }
 
 
@@ -166,12 +190,15 @@ def _memory(report: Report) -> str:
 def _videos(report: Report) -> str:
     folder = report.folder
     assert folder is not None
+    passed = f"; {folder.passed_over}" if folder.passed_over else ""
     if folder.videos == 0:
-        return f"none in {folder.path}"
+        return f"none in {folder.path}{passed}"
     frames = "frames not counted" if folder.frames is None else f"about {folder.frames:.0f} frames"
     asked = [row for row in report.rows if row.asked]
     known = [row.seconds for row in asked if row.seconds is not None]
     blank = len(asked) - len(known)
     rest = f", and what {blank} more take, of which no time is known" if blank else ""
     total = time_text(sum(known)) if known else "unknown"
-    return f"{folder.videos} in {folder.path}, {frames}; all that is asked for: {total}{rest}"
+    return (
+        f"{folder.videos} in {folder.path}, {frames}; all that is asked for: {total}{rest}{passed}"
+    )

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mla_study.errors import UserError, tell
-from mla_study.evaluation.vbench.dimensions import DIMENSIONS, choose, is_free
+from mla_study.evaluation.vbench.dimensions import DIMENSIONS, is_free
 from mla_study.evaluation.vbench.needs.download import (
     PATIENCE,
     DownloadError,
@@ -37,6 +37,7 @@ from mla_study.evaluation.vbench.needs.weights import (
     needed_by,
     weights_folder,
 )
+from mla_study.evaluation.vbench.runs.plan import scorers_for
 from mla_study.study.runs import file_sha256
 
 _SPARE = 200_000_000  # bytes that the disk keeps
@@ -94,7 +95,7 @@ def plan(root: Path, dimensions: Sequence[str] = (), mode: Mode = "short") -> Wa
     Raises:
         UserError: unknown dimension, or what is there cannot be read.
     """
-    names = choose(dimensions) if dimensions else tuple(DIMENSIONS)
+    names = scorers_for(mode, dimensions) if dimensions else tuple(DIMENSIONS)
     if mode == "custom" and not dimensions:
         names = tuple(name for name in names if is_free(name))
     keys = [key for name in names for key in keys_for(name, root, mode)]

@@ -136,7 +136,8 @@ def run_long(
         shown, scorers, count, model=request.model, mode=request.mode, validity=best, why=why
     )
     protocol = replace(
-        protocol_of(request, seen, suite_hash, plan, held), static_filter=static is not None,
+        protocol_of(request, seen, suite_hash if standard else None, plan, held),
+        static_filter=static is not None,
         long_configs=f"{options.configs.source} ({options.configs.sha256[:12]})",
         aggregation="upstream's" if options.exact else "corrected",
         clip_to_clip=("DINOv2 and DreamSim" if options.dev else "not compared"),

@@ -6,15 +6,13 @@ Seeds, device and number of workers are recorded beside a run and are no reason 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 LABELS = {
     "mode": "mode",
     "prompts": "prompt file (sha256)",
-    "extended": "longer prompts (sha256)",
-    "extended_by": "longer prompts by",
     "samples": "videos a prompt",
     "size": "resolution",
     "fps": "frames a second",
@@ -27,6 +25,12 @@ LABELS = {
     "clip_to_clip": "features between clips",
 }
 """What each field is called when it differs."""
+_TOLD = {
+    "extended": "longer prompts (sha256)",
+    "extended_by": "longer prompts by",
+    "told": "what the models were told (sha256)",
+}
+"""Likewise, of what the models were told, see :func:`_told_otherwise`."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,14 @@ class Protocol:
 
     Attributes:
         prompts: hash of VBench's list, of the table of prompts, or None where there are no prompts.
-        extended: hash of the file with the prompts that the model was told, None for short ones.
+        extended: hash of the file with the prompts that the model was told, None for short ones
+            and where no file is known.
         samples: videos a prompt (the most that a prompt has).
         size, fps, frames: what the videos have, "mixed" with the range where they differ.
         weights: scorer -> file -> SHA-256, compared for the scorers that both runs have.
+        told: hash of all that was told, None where that were the prompts themselves, or where only
+            its file is known. told_texts: prompt -> hash of what was told for it.
+        sampled: hash of the prompts that ``vbench sample`` was given, where ``prompts`` is None.
     """
 
     mode: str
@@ -56,6 +64,9 @@ class Protocol:
     aggregation: str
     clip_to_clip: str | None
     weights: Mapping[str, Mapping[str, str]]
+    told: str | None = None
+    told_texts: Mapping[str, str] = field(default_factory=dict[str, str])
+    sampled: str | None = None
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Protocol:
@@ -76,6 +87,11 @@ def differences(first: Protocol, second: Protocol, scorers: Iterable[str]) -> li
         for name, label in LABELS.items()
         if getattr(first, name) != getattr(second, name)
     ]
+    found += _told_otherwise(first, second)
+    # of clips that were not sampled here nobody knows
+    if None not in (first.sampled, second.sampled) and first.sampled != second.sampled:
+        pair = f"{shown(first.sampled)} against {shown(second.sampled)}"
+        found.append(f"prompts that were sampled (sha256): {pair}")
     for scorer in scorers:
         one, two = first.weights.get(scorer, {}), second.weights.get(scorer, {})
         found += [
@@ -84,6 +100,31 @@ def differences(first: Protocol, second: Protocol, scorers: Iterable[str]) -> li
             if one.get(name) != two.get(name)
         ]
     return found
+
+
+def _told_otherwise(first: Protocol, second: Protocol) -> list[str]:
+    """Sentences on what the models were told: by prompt where that is known, else by its file.
+
+    Two runs of some of the same prompts each hold other texts, and yet were told alike.
+    """
+    one, two = first.told_texts, second.told_texts
+    shared = sorted(set(one) & set(two))
+    if shared:
+        unlike = [prompt for prompt in shared if one[prompt] != two[prompt]]
+        if not unlike:
+            return []
+        such = f", such as '{unlike[0]}'" if len(unlike) < len(shared) else ""
+        return [
+            f"{_TOLD['told']}: {shown(first.told)} against {shown(second.told)}, other texts for "
+            f"{len(unlike)} of {len(shared)} prompts{such}"
+        ]
+    if first.extended is not None and first.extended == second.extended:
+        return []
+    return [
+        f"{label}: {shown(getattr(first, name))} against {shown(getattr(second, name))}"
+        for name, label in _TOLD.items()
+        if getattr(first, name) != getattr(second, name)
+    ]
 
 
 def shown(value: object) -> str:

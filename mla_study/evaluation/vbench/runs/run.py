@@ -16,6 +16,7 @@ from mla_study.evaluation.vbench.dimensions import SAMPLES
 from mla_study.evaluation.vbench.prompts import INFO, Entry, read_suite, text_sha256
 from mla_study.evaluation.vbench.runs import counts, tables, videos
 from mla_study.evaluation.vbench.runs.long_run import run_long
+from mla_study.evaluation.vbench.runs.origin import origin_of
 from mla_study.evaluation.vbench.runs.plan import (
     STATIC_FILTER,
     make_plan,
@@ -63,6 +64,8 @@ def run(request: Request, say: Say, progress: bool = True) -> Finished:
             "read: give one outside"
         )
     preflight(request.scorers, request.where, weights_mode(request))
+    if request.place.exists():
+        origin_of(request.place, request.prompts, request.extended)  # may contradict each other
     out = request.out if request.shard is None else request.out / shard_name(*request.shard)
     with locked(out):
         store = Scores(out)
@@ -88,6 +91,8 @@ def gather(request: Request, store: Scores, say: Say, progress: bool) -> Gathere
         if count:
             say(f"{count} scores were taken over from {other}")
     found = videos.find(request.place, request.prompts)
+    if passed := videos.passed_over(request.place):
+        say(passed)
     with bar(len(found), "videos looked at", progress) as tick:
         seen, problems = videos.examine(found, store.seen, store.see, progress=lambda _: tick())
     untold = sum(told is None for told in found.values())

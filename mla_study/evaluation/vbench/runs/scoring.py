@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mla_study.evaluation.vbench.dimensions import READ_WHOLE, VERSION
 from mla_study.evaluation.vbench.long.configs import LongConfigs
-from mla_study.evaluation.vbench.prompts import Told, text_sha256, told_by
-from mla_study.evaluation.vbench.runs import counts, tables, videos
+from mla_study.evaluation.vbench.prompts import Told, text_sha256
+from mla_study.evaluation.vbench.runs import counts, origin, tables, videos
 from mla_study.evaluation.vbench.runs.drive import Answer, Job, drive
 from mla_study.evaluation.vbench.runs.plan import (
     Mode,
@@ -209,15 +209,16 @@ def protocol_of(
     answered: Iterable[tuple[Question, Scored]],
 ) -> Protocol:  # fmt: skip
     """What another run must share with this one to be compared."""
-    table = request.prompts or (
-        videos.table_beside(request.place) if request.place.is_dir() else None
-    )
-    prompts = suite_hash if suite_hash or table is None else text_sha256(table)
-    extended = None if request.extended is None else text_sha256(request.extended)
+    known = origin.origin_of(request.place, request.prompts, request.extended)
+    texts = origin.texts_told(known, seen)
+    prompts = suite_hash if suite_hash or known.table is None else text_sha256(known.table)
+    sampled = None if prompts or known.records is None else known.records.prompts
     counts = Counter(video.prompt for video in seen)
     patches = {patch for _, found in answered for patch in found.more.get("patches", ())}
     return Protocol(
-        mode=request.mode, prompts=prompts, extended=extended, extended_by=told_by(extended),
+        mode=request.mode, prompts=prompts, extended=known.extended,
+        extended_by=origin.by_whom(known), told=origin.told_sha256(texts), told_texts=texts,
+        sampled=sampled,
         samples=max(counts.values()), size=spread(f"{v.width}x{v.height}" for v in seen),
         fps=spread(v.fps for v in seen), frames=spread(str(v.frames) for v in seen),
         vbench=VERSION, patches=tuple(sorted(patches)), static_filter=False, long_configs=None,
@@ -244,11 +245,15 @@ def write(
         "protocol": protocol, "model": request.model, "scorers": list(request.scorers),
         "shard": request.shard,
     }  # fmt: skip
+    known = origin.origin_of(request.place, request.prompts, request.extended)
+    sampling = origin.sampling_facts(known, seen)
     return write_result(
         request.out, dict(frames), config=config,
         inputs={video.name: video.sha256 for video in seen}, seed=0, modules=MODULES,
         provenance=provenance, validity=validity, units=tables.UNITS, notes=notes,
-        observed={"devices": list(request.devices), "threads": request.threads},
+        observed={
+            "devices": list(request.devices), "threads": request.threads, "sampling": sampling,
+        },
     )  # fmt: skip
 
 

@@ -70,6 +70,36 @@ class Problem:
 Remember = Callable[[Path], Mapping[str, Any] | None]
 
 
+def files_of(place: Path) -> tuple[list[Path], list[Path]]:
+    """The video files of a folder (or one file) that are looked at, and those that are passed over.
+
+    Raises:
+        UserError: no such place, or one that cannot be read.
+    """
+    if not place.exists():
+        raise UserError(f"{place} is not there: give a folder of videos, or a video")
+    if place.is_file():
+        return [place], []
+    try:
+        listed = sorted(file for file in place.iterdir() if file.is_file())
+    except OSError as error:
+        raise UserError(f"{place} cannot be read ({error.strerror})") from None
+    taken, other = (
+        [file for file in listed if file.suffix.lower() in suffixes]
+        for suffixes in (SUFFIXES, OTHER)
+    )
+    return taken, other
+
+
+def passed_over(place: Path) -> str:
+    """A sentence on the videos of a folder that are of no format that is read; '' without any."""
+    _, other = files_of(place)
+    if not other:
+        return ""
+    more = f" and {len(other) - 1} more are" if len(other) > 1 else " is"
+    return f"{other[0].name}{more} left out: only .mp4 is read, convert what should count"
+
+
 def find(place: Path, prompts: Path | None = None) -> dict[Path, Told | None]:
     """The video files of a folder (or one file), with what a table or their names say.
 
@@ -80,20 +110,10 @@ def find(place: Path, prompts: Path | None = None) -> dict[Path, Told | None]:
     Raises:
         UserError: no such place, no video, or a table that names files that are not there.
     """
-    if not place.exists():
-        raise UserError(f"{place} is not there: give a folder of videos, or a video")
-    if place.is_file():
-        files = [place]
-    else:
-        try:
-            listed = sorted(file for file in place.iterdir() if file.is_file())
-        except OSError as error:
-            raise UserError(f"{place} cannot be read ({error.strerror})") from None
-        files = [file for file in listed if file.suffix.lower() in SUFFIXES]
-        other = [file.name for file in listed if file.suffix.lower() in OTHER]
-        if not files:
-            hint = f" ({other[0]} must be converted first)" if other else ""
-            raise UserError(f"{place} holds no .mp4 video{hint}: VBench reads nothing else well")
+    files, other = files_of(place)
+    if not files:
+        hint = f" ({other[0].name} must be converted first)" if other else ""
+        raise UserError(f"{place} holds no .mp4 video{hint}: VBench reads nothing else well")
     if prompts is None and place.is_dir():
         prompts = table_beside(place)
     if prompts is None:

@@ -24,10 +24,10 @@ from typing import Any
 from mla_study.errors import UserError
 from mla_study.evaluation.vbench.prompts import told_by
 from mla_study.evaluation.vbench.sampling.plan import PromptSet, Sample, shard_of
+from mla_study.evaluation.vbench.sampling.records import RECORD, TABLE, records_of
 from mla_study.evaluation.vbench.sampling.sampler import CODEC, Recipe, Sampler, Say
 from mla_study.study.runs import atomic_write, file_sha256, run_record
 
-TABLE, RECORD = "samples.csv", "sampling.json"
 _ENCODED = 32  # prompts that the text encoder, which is loaded anew each time, gets at once
 _EVERY = 10.0  # seconds between lines of progress
 
@@ -56,12 +56,6 @@ class Sampled:
     made: int
     folder: Path
     records: Path
-
-
-def records_of(folder: Path) -> Path:
-    """Where the records of a folder of sampled videos lie."""
-    whole = folder.absolute()
-    return whole.with_name(f"{whole.name}.sampling")
 
 
 def sample(

@@ -20,7 +20,9 @@ from mla_study.evaluation.vbench.needs.environment import (
     require_versions,
     variables,
 )
+from mla_study.evaluation.vbench.needs.fetch import plan
 from mla_study.evaluation.vbench.needs.items import CLIP_T_KEYS, ITEMS, NEEDS, needed_by
+from mla_study.evaluation.vbench.runs.videos import find
 
 
 @pytest.fixture
@@ -262,7 +264,7 @@ def test_odd_places_are_told_in_one_sentence(home: Path, tmp_path: Path) -> None
         examine(weights=file)
     with pytest.raises(UserError, match="did you mean 'color'"):
         examine(weights=home, dimensions=("colour",))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is not there: give a folder of videos"):
         examine(weights=home, videos=tmp_path / "none")
     places.put(home, "clip_b32", b"")
     (home / "RANDOM_WEIGHTS.json").write_text("{")
@@ -278,3 +280,56 @@ def test_an_unreadable_folder_is_told(home: Path) -> None:
             examine(weights=home)
     finally:
         home.chmod(0o755)
+
+
+def test_of_what_was_asked_for_by_name_nothing_else_is_listed(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = examine(weights=home)
+    places.small(monkeypatch, "raft_things", b"flow")
+    report = examine(weights=home, dimensions=("temporal_flickering",))
+    shown = text(report)
+    assert report.ready and report.unfiltered and len(shown.splitlines()) < 20
+    assert not any(line.startswith("  ") for line in shown.splitlines())
+    assert "missing or not usable" not in shown and "detectron2" not in shown
+    assert "detectron2: " in text(examine(weights=home, dimensions=("color",)))
+    hidden = len(everything.missing())
+    assert shown.splitlines()[-1] == (
+        f"not asked for: 24 of 24 others are not ready, {hidden} more items are missing; without "
+        "--dimensions all are listed"
+    )
+    assert (
+        "moving videos too, against VBench's protocol: its static_filter lacks raft_things" in shown
+    )
+    assert not examine(weights=home, dimensions=("temporal_flickering",), mode="custom").unfiltered
+    # what is asked for and missing is listed, once
+    one = text(examine(weights=home, dimensions=("dynamic_degree", "temporal_flickering")))
+    assert "missing or not usable (1):" in one and f"{hidden - 1} more items are missing" in one
+    assert one.count("  raft_things: ") == 1
+    places.put(home, "raft_things", b"flow")
+    report = examine(weights=home, dimensions=("temporal_flickering",))
+    assert not report.unfiltered and "moving videos too" not in text(report)
+    assert Doctor(weights=home, dimensions=("temporal_flickering",), json=True).run() == 0
+    told = json.loads(capsys.readouterr().out)["missing"]
+    assert told and not any(entry["asked"] for entry in told)
+
+
+def test_custom_mode_says_what_it_cannot_do_as_a_run_would(home: Path) -> None:
+    with pytest.raises(UserError, match="'color' needs videos made from VBench's prompts"):
+        examine(weights=home, mode="custom", dimensions=("temporal_flickering", "color"))
+    with pytest.raises(UserError, match="'color' needs videos made from VBench's prompts"):
+        plan(home, ("color",), "custom")
+    # of a group, what the mode has
+    report = examine(weights=home, mode="custom", dimensions=("quality", "semantic"))
+    assert len([row for row in report.rows if row.asked]) == 7
+
+
+def test_the_doctor_counts_the_videos_that_a_run_would_look_at(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    (folder / "below").mkdir(parents=True)
+    for name in ("b.mp4", "c.MP4", "a.webm", "d.mkv", "notes.txt", "below/e.mp4"):
+        (folder / name).write_bytes(b"")
+    report = examine(weights=home, videos=folder)
+    assert report.folder is not None and report.folder.videos == 2 == len(find(folder))
+    said = "a.webm and 1 more are left out: only .mp4 is read, convert what should count"
+    assert said in text(report)

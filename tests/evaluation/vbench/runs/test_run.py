@@ -231,6 +231,15 @@ def test_bad_videos_are_listed_before_anything_is_scored(
     assert (clips / "a cat-0.mp4").read_bytes() == whole
 
 
+def test_videos_of_other_formats_are_said_to_be_left_out(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    (clips / "sun.webm").write_bytes(b"")
+    done, said = run_fake(monkeypatch, clips, tmp_path / "out")
+    assert len(done.videos) == 7
+    assert "sun.webm is left out: only .mp4 is read, convert what should count" in said
+
+
 def test_a_score_of_a_part_of_the_frames_is_none(
     monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
 ) -> None:
