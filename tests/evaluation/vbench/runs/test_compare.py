@@ -149,7 +149,7 @@ def test_a_score_stands_with_its_videos_validity_and_prompts(
         "OTHER PROMPTS: the scores are means over different prompts or clips (dense 2, latent 1); "
         "1 of them is in all runs, and the difference is that of these"
     )
-    row = next(line for line in shown.splitlines() if line.startswith("temporal flickering"))
+    row = next(line for line in shown.splitlines() if line.startswith("imaging quality"))
     assert " 2 of 10 partial " in row and " 1 of 10 partial " in row and row.endswith(", 1")
     assert (
         "dense: measured, partial; 2 prompts of file ffffffffffff; told the short prompts, as far"
