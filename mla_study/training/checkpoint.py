@@ -102,7 +102,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
                 f"step {step} cannot be saved in {self.folder} ({_reason(error)}): "
-                f"{self._last()} stays; free some space and start again"
+                f"{self._last()}; free some space and start again"
             ) from None
         self.ranks.wait()
         return final
@@ -113,13 +113,13 @@ class Checkpoints:
             if self.ranks.which(not _sound(model)):
                 raise UserError(
                     f"step {step}: the {role}'s weights became NaN, infinite or as good as that, "
-                    f"and are not saved; {self._last()} stays: lower the learning rate, or look at "
+                    f"and are not saved; {self._last()}: lower the learning rate, or look at "
                     "the data before this step"
                 )
 
     def _last(self) -> str:
         latest = self.latest()
-        return "nothing before it" if latest is None else latest.name
+        return "there is no checkpoint yet" if latest is None else f"{latest.name} stays"
 
     def _prune(self) -> None:
         for old in complete(self.out)[:-KEPT]:

@@ -195,6 +195,8 @@ class Trainer:
             if board is not None:
                 board.close()
         self._finish(target)
+        # none leaves while the first is still writing
+        self.ranks.wait()
         return target
 
     def _one_step(self) -> list[Record]:
