@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mla_study.evaluation.vbench.long import averages as long
+from mla_study.evaluation.vbench.runs import tables
 from mla_study.evaluation.vbench.runs.plan import Question
 from mla_study.evaluation.vbench.runs.scoring import LongOptions
 from mla_study.evaluation.vbench.runs.store import Scored
@@ -89,9 +90,10 @@ def video_rows(found: long.LongScores, clips: pd.DataFrame, seen: Sequence[Video
         }
         for row in found.videos.to_dict("records")
     ]  # fmt: skip
-    table = pd.DataFrame(rows)
-    if len(table):
-        table["index"] = table["index"].astype("Int64")
+    table = pd.DataFrame(
+        rows, columns=[*tables.VIDEO_COLUMNS, "clip", "in_clip", "clip_to_clip", "mapped"]
+    )
+    table["index"] = table["index"].astype("Int64")
     return table
 
 

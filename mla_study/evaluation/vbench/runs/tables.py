@@ -37,6 +37,8 @@ UNITS = {
     "seconds": "seconds",
     "rss_mib": "MiB",
 }
+VIDEO_COLUMNS = ("video", "sha256", "prompt", "index", "scorer", "value", "terms", "counted",
+                 "frames", "video_s")  # fmt: skip
 _ORDER: tuple[Validity, ...] = ("full", "partial", "substitute", "invalid")
 
 
@@ -53,11 +55,7 @@ def video_table(answered: Iterable[tuple[Question, Scored]]) -> pd.DataFrame:
         }
         for asked, found in answered
     ]  # fmt: skip
-    table = pd.DataFrame(
-        rows,
-        columns=["video", "sha256", "prompt", "index", "scorer", "value", "terms", "counted",
-                 "frames", "video_s"],
-    )  # fmt: skip
+    table = pd.DataFrame(rows, columns=list(VIDEO_COLUMNS))
     table["index"] = table["index"].astype("Int64")
     table["prompt"] = table["prompt"].astype("string").astype(object)
     return table

@@ -8,11 +8,14 @@ import pandas as pd
 import pytest
 from vbench_runs import run_fake, write_clip, write_clips
 
+from mla_study.evaluation.vbench.long.averages import LongScores
 from mla_study.evaluation.vbench.long.configs import load_configs
 from mla_study.evaluation.vbench.prompts import Entry
 from mla_study.evaluation.vbench.runs import plan
 from mla_study.evaluation.vbench.runs import run as running
+from mla_study.evaluation.vbench.runs.long_tables import video_rows
 from mla_study.evaluation.vbench.runs.scoring import Finished, LongOptions
+from mla_study.evaluation.vbench.runs.tables import score_table
 
 SCORER = "aesthetic_quality"
 
@@ -77,3 +80,13 @@ def test_videos_of_vbenchs_prompts_are_counted_prompt_by_prompt(
     assert row["why"] == "1 of 2 prompts lack videos"
     table = pd.read_csv(tmp_path / "out" / "problems.csv").set_index("name")["what"]
     assert table["rain"] == "no video of this prompt (5 wanted)"
+
+
+def test_where_the_average_leaves_no_video_there_is_no_score() -> None:
+    names = ["dimension", "video", "clip", "in_clip", "clip_to_clip", "mapped", "value"]
+    found = LongScores(pd.DataFrame(columns=names), pd.DataFrame(), ())
+    clips = pd.DataFrame({"video": ["a.mp4"], "dimension": [SCORER], "frames": [4]})
+    shown = video_rows(found, clips, ())
+    assert shown.empty and {"video_s", "clip"} <= set(shown)
+    table = score_table(shown, (SCORER,), {SCORER: 1}, model="m", mode="long")
+    assert table.empty and {"scorer", "value"} <= set(table)
