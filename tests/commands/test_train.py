@@ -208,7 +208,7 @@ def test_a_file_that_cannot_be_trained_is_one_sentence(
         "from mla_study.training.objective import Objective\n\n"
         f"class Mine(Objective):\n{body}\nOBJECTIVE = Mine\n"
     )
-    assert train(str(own), tmp_path / "run", "--start", "shipped:teacher") == 2
+    assert train(str(own), tmp_path / "run", "--generator", "shipped:teacher") == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     wanted = "names 'judge'; there are generator" if "roles" in line else "and no 'loss': return {"
     assert last.startswith(f"mla-study: objective {own}") and wanted in last
