@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import own_results
-from mla_study.errors import UserError
+from mla_study.errors import UserError, counted
 from mla_study.evaluation.vbench.dimensions import DIMENSIONS, SUBSTITUTES
 from mla_study.evaluation.vbench.runs.tables import COMPOSITES
 from mla_study.study.plots import note_results
@@ -308,7 +308,7 @@ def about(row: Mapping[Any, Any], usual: str = "") -> str:
         return ""
     held = row["videos"]
     parts = [] if row["mode"] == usual else [str(row["mode"])]
-    parts += [] if pd.isna(held) else [f"{int(held)} video{'s' * (int(held) != 1)}"]
+    parts += [] if pd.isna(held) else [counted(int(held), "video")]
     whole = row["validity"] == "full"
     parts += [str(row["validity"])] * (not whole or row["mode"] == "short")
     return ", ".join(parts)

@@ -32,8 +32,8 @@ class Compare:
         """Print the comparison."""
         import json
 
-        from mla_study.evaluation.vbench.runs.compare import compare
-        from mla_study.evaluation.vbench.runs.compare_text import document, text
+        from mla_study.evaluation.vbench.comparing.compare import compare
+        from mla_study.evaluation.vbench.comparing.text import document, text
 
         comparison = compare(self.runs, self.anyway, self.beside)
         if self.json:

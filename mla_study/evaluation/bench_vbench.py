@@ -150,8 +150,8 @@ def overhead(
 ) -> list[Row]:
     """A worker beside VBench's function called directly, both warm, on the same videos.
 
-    Two processes of one program differ by up to a seventh, by where their memory happened to lie:
-    all are started ``starts`` times, and a second direct one tells how much that is.
+    Two processes of one program differ in speed: all are started ``starts`` times, and a second
+    direct one tells by how much.
     """
     assert place.environment is not None
     python = str(place.environment.python)

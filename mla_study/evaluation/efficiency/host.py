@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from mla_study.config import ModelConfig
 from mla_study.evaluation.efficiency.train_memory import Models, counted_flops
-from mla_study.evaluation.vbench.needs.costs import memory_gib
 from mla_study.miniature.store import STEP_SECONDS
+from mla_study.study.observe import memory_gib
 from mla_study.training.recipe import Stage, stages
 
 

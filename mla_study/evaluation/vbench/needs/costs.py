@@ -107,22 +107,6 @@ def _frames(file: Path) -> int | None:
     return None
 
 
-def memory_gib() -> float | None:
-    """Memory that processes may still take, GiB: the machine's, or its container's limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        facts = dict(line.split(":", 1) for line in lines if ":" in line)
-        free = float(facts["MemAvailable"].split()[0]) / 2**20
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
-        return min(free, (float(limit) - float(used)) / 2**30)
-    except (OSError, ValueError):
-        return free
-
-
 def time_text(seconds: float | None) -> str:
     """``45 s``, ``12 min``, ``3.4 h``, or a dash."""
     if seconds is None:

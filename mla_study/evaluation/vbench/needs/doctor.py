@@ -15,7 +15,6 @@ from mla_study.evaluation.vbench.needs.costs import (
     Folder,
     cost_of,
     look_into,
-    memory_gib,
 )
 from mla_study.evaluation.vbench.needs.environment import (
     PINS,
@@ -38,6 +37,7 @@ from mla_study.evaluation.vbench.needs.weights import (
 )
 from mla_study.evaluation.vbench.runs.plan import STATIC_FILTER, scorers_for
 from mla_study.evaluation.vbench.runs.scoring import FLICKER
+from mla_study.study.observe import memory_gib
 
 ROWS = (
     *SCORERS,

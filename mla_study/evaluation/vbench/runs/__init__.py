@@ -1,1 +1,1 @@
-"""Runs: videos looked at, scored by workers, kept, tabled, compared."""
+"""Runs: videos looked at, scored by workers, kept, tabled."""

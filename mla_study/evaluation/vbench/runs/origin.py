@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_study.errors import UserError
+from mla_study.checkpoints.formats.container import shown
+from mla_study.errors import UserError, counted
 from mla_study.evaluation.vbench.prompts import read_table, table_beside, text_sha256, told_by
-from mla_study.evaluation.vbench.runs.protocol import Protocol, shown
+from mla_study.evaluation.vbench.runs.protocol import Protocol, field_text
 from mla_study.evaluation.vbench.runs.videos import Video
 from mla_study.evaluation.vbench.sampling.records import TABLE, Records, read_records
 from mla_study.study.runs import json_sha256
@@ -65,8 +66,8 @@ def origin_of(place: Path, prompts: Path | None, extended: Path | None) -> Origi
             row = records.videos.get(name)
             if row is not None and row.told != text:
                 raise UserError(
-                    f"{table} says that '{_brief(text)}' was told for {name}, "
-                    f"{records.path.with_name(TABLE)} that it was '{_brief(row.told)}': correct "
+                    f"{table} says that {shown(text, 60)} was told for {name}, "
+                    f"{records.path.with_name(TABLE)} that it was {shown(row.told, 60)}: correct "
                     "the one that is wrong"
                 )
     if extended is not None and told:
@@ -74,7 +75,7 @@ def origin_of(place: Path, prompts: Path | None, extended: Path | None) -> Origi
         if lost:
             name, text = lost[0]
             raise UserError(
-                f"{table} says that '{_brief(text)}' was told for {name}, which --extended "
+                f"{table} says that {shown(text, 60)} was told for {name}, which --extended "
                 f"{extended} does not hold: leave --extended out, or correct the table"
             )
     whose = named or (records.extended if records is not None else None)
@@ -147,10 +148,7 @@ def seeds_text(observed: Mapping[str, Any]) -> str:
     of = f"{seeds[0]}" if seeds[0] == seeds[-1] else f"{seeds[0]} to {seeds[-1]}"
     other = sampling.get("other_content")
     lost = f"; {other} were changed since they were sampled, and have none" if other else ""
-    return (
-        f"seeds of {len(seeds)} video{'s' * (len(seeds) != 1)}, {of}, from base seed "
-        f"{sampling['seed']}{lost}"
-    )
+    return f"seeds of {counted(len(seeds), 'video')}, {of}, from base seed {sampling['seed']}{lost}"
 
 
 def told_text(protocol: Protocol, observed: Mapping[str, Any]) -> str:
@@ -159,7 +157,7 @@ def told_text(protocol: Protocol, observed: Mapping[str, Any]) -> str:
     Args:
         observed: of the run record. Without ``vbench sample``'s word nobody vouches for short ones.
     """
-    texts = "" if protocol.told is None else f", texts {shown(protocol.told)}"
+    texts = "" if protocol.told is None else f", texts {field_text(protocol.told)}"
     if protocol.extended_by == told_by(None):
         sure = "" if texts or observed.get("sampling") else ", as far as is known"
         return f"told the short prompts{texts}{sure}"
@@ -168,10 +166,6 @@ def told_text(protocol: Protocol, observed: Mapping[str, Any]) -> str:
 
 def _who(sha256: str | None) -> str:
     return "the short prompts" if sha256 is None else f"{told_by(sha256)} ({sha256[:12]})"
-
-
-def _brief(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _strangers(extended: Path, told: Mapping[str, str]) -> list[tuple[str, str]]:

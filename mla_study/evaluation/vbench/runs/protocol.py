@@ -83,19 +83,20 @@ def differences(first: Protocol, second: Protocol, scorers: Iterable[str]) -> li
         scorers: those that are compared; weights of others do not matter.
     """
     found = [
-        f"{label}: {shown(getattr(first, name))} against {shown(getattr(second, name))}"
+        f"{label}: {field_text(getattr(first, name))} against {field_text(getattr(second, name))}"
         for name, label in LABELS.items()
         if getattr(first, name) != getattr(second, name)
     ]
     found += _told_otherwise(first, second)
     # of clips that were not sampled here nobody knows
     if None not in (first.sampled, second.sampled) and first.sampled != second.sampled:
-        pair = f"{shown(first.sampled)} against {shown(second.sampled)}"
+        pair = f"{field_text(first.sampled)} against {field_text(second.sampled)}"
         found.append(f"prompts that were sampled (sha256): {pair}")
     for scorer in scorers:
         one, two = first.weights.get(scorer, {}), second.weights.get(scorer, {})
         found += [
-            f"weights of {scorer}, {name}: {shown(one.get(name))} against {shown(two.get(name))}"
+            f"weights of {scorer}, {name}: {field_text(one.get(name))} against "
+            f"{field_text(two.get(name))}"
             for name in sorted(set(one) | set(two))
             if one.get(name) != two.get(name)
         ]
@@ -115,19 +116,19 @@ def _told_otherwise(first: Protocol, second: Protocol) -> list[str]:
             return []
         such = f", such as '{unlike[0]}'" if len(unlike) < len(shared) else ""
         return [
-            f"{_TOLD['told']}: {shown(first.told)} against {shown(second.told)}, other texts for "
-            f"{len(unlike)} of {len(shared)} prompts{such}"
+            f"{_TOLD['told']}: {field_text(first.told)} against {field_text(second.told)}, "
+            f"other texts for {len(unlike)} of {len(shared)} prompts{such}"
         ]
     if first.extended is not None and first.extended == second.extended:
         return []
     return [
-        f"{label}: {shown(getattr(first, name))} against {shown(getattr(second, name))}"
+        f"{label}: {field_text(getattr(first, name))} against {field_text(getattr(second, name))}"
         for name, label in _TOLD.items()
         if getattr(first, name) != getattr(second, name)
     ]
 
 
-def shown(value: object) -> str:
+def field_text(value: object) -> str:
     """A field's value, hashes cut to twelve digits."""
     if value is None or value == ():
         return "none"

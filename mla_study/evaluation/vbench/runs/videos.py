@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_study.errors import UserError
+from mla_study.errors import UserError, counted
 from mla_study.evaluation.vbench.prompts import Told, read_table, split_name, table_beside
 from mla_study.study.runs import file_sha256
 
@@ -166,7 +166,7 @@ def look(path: Path) -> dict[str, Any]:
         return {"problem": f"does not decode ({error})"}
     shown = packets - hidden
     if packets < LEAST_FRAMES:
-        return {"problem": f"holds {packets} frame{'s' * (packets != 1)}, 2 are the least"}
+        return {"problem": f"holds {counted(packets, 'frame')}, 2 are the least"}
     if promised > packets:
         return {"problem": f"is cut off: {packets} of {promised} frames are there"}
     if decoded < max(shown, LEAST_FRAMES) or errors or corrupt:

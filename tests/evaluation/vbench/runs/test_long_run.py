@@ -25,6 +25,14 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.weights, "require", lambda *_, **__: None)
 
 
+def long_clips(folder: Path, name: str, count: int, seed: int) -> Path:
+    """Videos NAME-0.mp4, NAME-1.mp4, ... of 6 s."""
+    folder.mkdir()
+    for number in range(count):
+        write_clip(folder / f"{name}-{number}.mp4", frames=6, fps=1, seed=seed + number)
+    return folder
+
+
 def run_long(
     monkeypatch: pytest.MonkeyPatch, clips: Path, out: Path, **more: object
 ) -> tuple[Finished, list[str]]:
@@ -52,10 +60,7 @@ def test_videos_below_five_seconds_make_no_full_score(
 def test_long_videos_are_full_unless_clips_fail_or_videos_are_skipped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int
 ) -> None:
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    for number in range(3):
-        write_clip(folder / f"v-{number}.mp4", frames=6, fps=1, seed=seed + number)
+    folder = long_clips(tmp_path / "clips", "v", 3, seed)
     done, _ = run_long(monkeypatch, folder, tmp_path / "out")
     assert list(done.table["validity"]) == ["full"]
     (folder / "v-3.mp4").write_bytes(b"none")
@@ -68,10 +73,7 @@ def test_long_videos_are_full_unless_clips_fail_or_videos_are_skipped(
 def test_videos_of_vbenchs_prompts_are_counted_prompt_by_prompt(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int
 ) -> None:
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    for number in range(5):
-        write_clip(folder / f"a cat-{number}.mp4", frames=6, fps=1, seed=seed + number)
+    folder = long_clips(tmp_path / "clips", "a cat", 5, seed)
     suite = {prompt: Entry(prompt, frozenset({SCORER})) for prompt in ("a cat", "rain")}
     monkeypatch.setattr(running, "suite_of", lambda _: (suite, "f" * 64))
     done, _ = run_long(monkeypatch, folder, tmp_path / "out")

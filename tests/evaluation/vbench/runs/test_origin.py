@@ -13,11 +13,11 @@ import pytest
 from vbench_runs import run_fake, write_clip, write_clips
 
 from mla_study.errors import UserError
+from mla_study.evaluation.vbench.comparing.compare import compare
 from mla_study.evaluation.vbench.long.configs import load_configs
 from mla_study.evaluation.vbench.prompts import KNOWN, Entry
 from mla_study.evaluation.vbench.runs import run as running
 from mla_study.evaluation.vbench.runs import scoring
-from mla_study.evaluation.vbench.runs.compare import compare
 from mla_study.evaluation.vbench.runs.origin import seeds_text
 from mla_study.evaluation.vbench.runs.scoring import LongOptions
 from mla_study.evaluation.vbench.sampling.records import RECORD, TABLE, records_of

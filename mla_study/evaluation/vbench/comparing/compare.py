@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mla_study.errors import UserError
+from mla_study.evaluation.vbench.comparing.quoted import QUOTED, Quoted, quoted_rows
 from mla_study.evaluation.vbench.dimensions import SCORERS, scale_of
 from mla_study.evaluation.vbench.runs.protocol import Protocol, differences
-from mla_study.evaluation.vbench.runs.quoted import QUOTED, Quoted, quoted_rows
 from mla_study.evaluation.vbench.scores import paired_difference
 from mla_study.study.runs import Result, read_result
 

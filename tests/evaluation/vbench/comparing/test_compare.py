@@ -13,11 +13,11 @@ from vbench_runs import run_fake, write_clips
 
 from mla_study.cli import main
 from mla_study.errors import UserError
+from mla_study.evaluation.vbench.comparing.compare import compare
+from mla_study.evaluation.vbench.comparing.quoted import quoted_rows
+from mla_study.evaluation.vbench.comparing.text import text
 from mla_study.evaluation.vbench.prompts import Entry
 from mla_study.evaluation.vbench.runs import run as running
-from mla_study.evaluation.vbench.runs.compare import compare
-from mla_study.evaluation.vbench.runs.compare_text import text
-from mla_study.evaluation.vbench.runs.quoted import quoted_rows
 from mla_study.study.runs import read_result, write_result
 
 PROMPTS = {f"prompt {i}": 2 for i in range(6)}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mla_study.evaluation.vbench.runs.compare import Comparison, Run
+from mla_study.errors import counted
+from mla_study.evaluation.vbench.comparing.compare import Comparison, Run
+from mla_study.evaluation.vbench.comparing.quoted import QUOTED, Quoted
 from mla_study.evaluation.vbench.runs.origin import seeds_text, told_text
-from mla_study.evaluation.vbench.runs.protocol import shown
-from mla_study.evaluation.vbench.runs.quoted import QUOTED, Quoted
+from mla_study.evaluation.vbench.runs.protocol import field_text
 
 _ACROSS = 5
 """Published rows side by side."""
@@ -90,12 +91,11 @@ def _run_line(run: Run) -> str:
 def _prompts(run: Run) -> str:
     """How many, and of which file."""
     protocol, count = run.protocol, len(run.prompts)
-    ending = "s" * (count != 1)
     if protocol.prompts is not None:
-        return f"{count} prompt{ending} of file {shown(protocol.prompts)}"
+        return f"{counted(count, 'prompt')} of file {field_text(protocol.prompts)}"
     if protocol.sampled is not None:
-        return f"{count} prompt{ending}, sampled from {shown(protocol.sampled)}"
-    return f"{count} clip{ending} of no known file of prompts"
+        return f"{counted(count, 'prompt')}, sampled from {field_text(protocol.sampled)}"
+    return f"{counted(count, 'clip')} of no known file of prompts"
 
 
 def _run_entry(run: Run) -> dict[str, Any]:
@@ -136,15 +136,11 @@ def _paired(row: Mapping[Any, Any]) -> dict[str, Any] | None:
 
 def _plain(value: Any) -> Any:
     """For JSON: a number of numpy's or pandas' as Python's own, None for NaN and NA."""
-    if value is None or value is _na() or value != value:
-        return None
-    return value.item() if hasattr(value, "item") else value
-
-
-def _na() -> object:
     import pandas as pd
 
-    return pd.NA
+    if pd.isna(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
 
 
 def _reasons(comparison: Comparison) -> list[str]:
